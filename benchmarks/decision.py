@@ -1,0 +1,104 @@
+"""Cost of one decision: ``Controller.handle`` on an arrival, by fleet size, with 1,000 requests waiting.
+
+    python benchmarks/decision.py [--json FILE]
+
+Arrivals are mixed with progress reports and finishes as in service, so that totals and queues keep changing; only
+arrivals are timed. One process, one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import time
+from collections import deque
+
+from common import environment
+
+from hyperflexis.controller import Controller, ControllerConfig
+from hyperflexis.core.events import InstanceJoined, InstanceReported, RequestArrived, RequestFinished
+from hyperflexis.core.instance import InstanceInfo, InstanceReport, RequestProgress
+from hyperflexis.core.latency import Coefficients
+from hyperflexis.core.request import Request
+from hyperflexis.core.slo import Slo
+
+LATENCY = Coefficients(c0=8e-3, c1=4e-5, c2=2e-10, c3=5e-5, c4=4e-8)
+CLASSES = (
+    ("chat", Slo(1.0, 0.05), 2.0, 600),
+    ("code", Slo(0.2, 0.03), 3.0, 2000),
+    ("summary", Slo(8.0, 0.1), 1.0, 6000),
+    ("batch", Slo(60.0, 0.2), 0.5, 1500),
+)
+
+
+def measure(instances: int, waiting: int, arrivals: int, seed: int) -> dict[str, float]:
+    """Microseconds per arrival at ``instances`` with ``waiting`` requests in their queues."""
+    rng = random.Random(seed)
+    controller = Controller(ControllerConfig(("m",)))
+    for i in range(instances):
+        info = InstanceInfo(f"i{i}", 1, "m", "h100", f"unix:i{i}", "emulated", 32768, 400_000, 256, 8192, True, LATENCY)
+        controller.handle(InstanceJoined(info), 0.0)
+    open_ids: deque[str] = deque()
+    now = 0.0
+    times: list[float] = []
+    count = 0
+
+    def arrive(timed: bool) -> None:
+        nonlocal count
+        name, slo, value, prompt = CLASSES[rng.randrange(len(CLASSES))]
+        size = max(1, int(rng.lognormvariate(0, 0.8) * prompt))
+        request = Request(f"r{count}", "m", "t", name, slo, value, min(size, 30_000), 512)
+        count += 1
+        event = RequestArrived(request, "g", 0.0)
+        start = time.perf_counter()
+        effects = controller.handle(event, now)
+        if timed:
+            times.append(time.perf_counter() - start)
+        if effects and type(effects[0]).__name__ == "Dispatch":
+            open_ids.append(request.id)
+
+    for _ in range(waiting):
+        arrive(timed=False)
+    gc.collect()
+    gc.freeze()
+    for k in range(arrivals):
+        now += 0.005
+        arrive(timed=True)
+        done = open_ids.popleft()
+        controller.handle(RequestFinished(done, "finished", rng.randint(1, 400), 0.5, 2.0), now)
+        instance = controller.cluster.instances[f"i{k % instances}"]
+        progress = tuple(
+            RequestProgress(t.request.id, t.request.num_prompt_tokens // 2, 0)
+            for t in list(instance.requests.values())[:2]
+        )
+        report = InstanceReport(instance.id, 1, 0, 0, 0, k, 0, 0, 0, 0, 0.0, LATENCY, progress)
+        controller.handle(InstanceReported(report), now)
+    times.sort()
+    return {
+        "p50_us": 1e6 * times[len(times) // 2],
+        "p99_us": 1e6 * times[int(0.99 * len(times))],
+        "max_us": 1e6 * times[-1],
+    }
+
+
+def main() -> None:
+    """Run and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--waiting", type=int, default=1000)
+    parser.add_argument("--arrivals", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+    rows = {n: measure(n, args.waiting, args.arrivals, args.seed) for n in (10, 100, 1000)}
+    print(f"{'instances':>10} {'p50 us':>8} {'p99 us':>8} {'max us':>8}")
+    for n, row in rows.items():
+        print(f"{n:>10} {row['p50_us']:>8.0f} {row['p99_us']:>8.0f} {row['max_us']:>8.0f}")
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({**environment(args.seed), "waiting": args.waiting, "instances": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

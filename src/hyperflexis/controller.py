@@ -1,0 +1,263 @@
+"""The cluster level, whole and pure: ``Controller.handle(event, now) -> list[Effect]``.
+
+    RequestArrived    -> Dispatch or Reject          a request is bound at arrival; past the limits it is refused
+    RequestFinished   -> nothing                     its class's output length is learnt
+    InstanceJoined    -> nothing                     READY; a newer epoch of a known id replaces the older
+    InstanceReported  -> nothing                     progress, fitted latency
+    InstanceLeft      -> nothing                     its gateways see their links break and ask again
+    GatewayJoined     -> nothing                     requests in flight are taken over (after a controller's restart)
+    GatewayLeft       -> nothing                     its requests died with it
+
+The same code runs live, in the simulator and in replay. Time is an argument: seconds of one monotonic clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import assert_never
+
+from .core.cluster import Cluster, TrackedInstance, TrackedRequest
+from .core.effects import Decision, Dispatch, Effect, Reject, RejectReason
+from .core.events import (
+    Event,
+    GatewayJoined,
+    GatewayLeft,
+    InstanceJoined,
+    InstanceLeft,
+    InstanceReported,
+    OpenRequest,
+    RequestArrived,
+    RequestFinished,
+)
+from .core.instance import InstanceInfo, InstanceState
+from .core.request import Request, RequestState
+from .policy.catalog import POLICIES
+from .policy.place import PlaceMemory, Placement
+
+MAX_ATTEMPTS = 3
+"""Dispatches of one request before it is given up: more would hide a request that kills instances."""
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerConfig:
+    """``policy`` is a name of policy/catalog.py; with ``observe``, requests go round robin and each decision of
+    ``policy`` is only noted. ``models`` are the names that the fleet serves. Beyond ``max_backlog_s`` predicted seconds
+    of queue on the best instance a request is refused with 429."""
+
+    models: tuple[str, ...]
+    policy: str = "hyperflexis"
+    observe: bool = False
+    max_backlog_s: float = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Everything a Controller knows, so that a journal's segment can be replayed from its start. ``unbound`` are
+    requests whose instance is not there (yet, or any more)."""
+
+    instances: tuple[TrackedInstance, ...] = ()
+    unbound: tuple[TrackedRequest, ...] = ()
+    output_mean: dict[str, float] = field(default_factory=dict)
+    memory: PlaceMemory = PlaceMemory()
+    shadow_memory: PlaceMemory = PlaceMemory()
+
+
+class Controller:
+    """Decides; owns the cluster state and nothing else. ``shadow`` is the decision that ``observe`` did not take."""
+
+    def __init__(self, config: ControllerConfig) -> None:
+        self.config = config
+        self.cluster = Cluster()
+        self.shadow: Decision | None = None
+        self._memory = PlaceMemory()
+        self._shadow_memory = PlaceMemory()
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """Take in one event at ``now`` and return what to do, in order. Never raises for a stale or repeated event."""
+        match event:
+            case RequestArrived():
+                return [self._arrived(event, now)]
+            case RequestFinished():
+                self._finished(event)
+            case InstanceJoined():
+                self._instance_joined(event.info)
+            case InstanceReported():
+                instance = self.cluster.current(event.report.id, event.report.epoch)
+                if instance is not None:
+                    instance.take_report(event.report, now)
+            case InstanceLeft():
+                instance = self.cluster.current(event.id, event.epoch)
+                if instance is not None:
+                    self._instance_left(instance)
+            case GatewayJoined():
+                self._gateway_left(event.gateway)
+                for open_request in event.open:
+                    self._adopt(open_request, event.gateway, now)
+            case GatewayLeft():
+                self._gateway_left(event.gateway)
+            case _:
+                assert_never(event)
+        return []
+
+    def _arrived(self, event: RequestArrived, now: float) -> Effect:
+        self.shadow = None
+        request = event.request
+        tracked = self._enter(event, now)
+        ready = self.cluster.ready(request.model)
+        if event.avoid is not None and len(ready) > 1:
+            ready = [instance for instance in ready if instance.id != event.avoid]
+        if request.model not in self.config.models:
+            return self._reject(tracked, "unknown_model", f"no model {request.model!r} in this fleet")
+        if event.attempt >= MAX_ATTEMPTS:
+            message = f"{event.attempt} instances failed this request before its first token"
+            return self._reject(tracked, "attempts_exhausted", message)
+        if not ready:
+            return self._reject(tracked, "no_instance_ready", f"no instance of {request.model!r} is ready", 2.0)
+        placement, decision = self._decide(now, tracked, ready)
+        queue_s = placement.predicted_ttft_s - event.age_s
+        if queue_s > self.config.max_backlog_s:
+            message = f"the shortest queue is {queue_s:.0f} s long (limit {self.config.max_backlog_s:.0f} s)"
+            return self._reject(tracked, "overloaded", message, max(queue_s - self.config.max_backlog_s, 1.0))
+        if request.fail_fast and not placement.on_time:
+            promised_s = tracked.first_due - tracked.arrived_at
+            message = (
+                f"first token expected after {placement.predicted_ttft_s * 1e3:.0f} ms, "
+                f"promised within {promised_s * 1e3:.0f} ms"
+            )
+            return self._reject(tracked, "slo_infeasible", message, max(placement.predicted_ttft_s - promised_s, 1.0))
+        instance = self.cluster.instances[placement.instance]
+        self.cluster.bind(tracked, instance)
+        return Dispatch(
+            request.id,
+            event.gateway,
+            instance.id,
+            instance.info.epoch,
+            instance.info.address,
+            request.value,
+            tracked.expected_output_tokens,
+            decision,
+        )
+
+    def _enter(self, event: RequestArrived, now: float) -> TrackedRequest:
+        """The request as WAITING. A known one is asked for again: its instance died or refused it, or the answer was
+        lost with an older controller; it starts over on another instance with its old deadlines."""
+        known = self.cluster.requests.get(event.request.id)
+        if known is not None:
+            self.cluster.unbind(known)
+            if known.state is RequestState.DISPATCHED:
+                known.move(RequestState.WAITING)
+            del self.cluster.requests[known.request.id]
+        tracked = self._track(event.request, event.gateway, now - event.age_s)
+        self.cluster.track(tracked)
+        return tracked
+
+    def _reject(
+        self, tracked: TrackedRequest, reason: RejectReason, message: str, retry_after_s: float | None = None
+    ) -> Reject:
+        self.cluster.forget(tracked, RequestState.REJECTED)
+        return Reject(tracked.request.id, tracked.gateway, reason, message, retry_after_s)
+
+    def _decide(
+        self, now: float, tracked: TrackedRequest, ready: list[TrackedInstance]
+    ) -> tuple[Placement, Decision]:
+        config = self.config
+        if config.observe:
+            shadow, self._shadow_memory = POLICIES[config.policy].place(now, tracked, ready, self._shadow_memory)
+            self.shadow = _decision(config.policy, shadow, note=f"would go to {shadow.instance}")
+            name = "round_robin"
+        else:
+            name = config.policy
+        placement, self._memory = POLICIES[name].place(now, tracked, ready, self._memory)
+        return placement, _decision(name, placement)
+
+    def _track(self, request: Request, gateway: str, arrived_at: float) -> TrackedRequest:
+        expected = self.cluster.expected_output_tokens(request)
+        first_due = arrived_at + request.slo.first_token_by_s(expected)
+        return TrackedRequest(request, gateway, arrived_at, first_due, expected)
+
+    def _finished(self, event: RequestFinished) -> None:
+        tracked = self.cluster.requests.get(event.id)
+        if tracked is None:
+            return
+        match event.outcome:
+            case "finished":
+                self.cluster.learn_output(tracked.request, event.output_tokens)
+                state = RequestState.FINISHED
+            case "cancelled":
+                state = RequestState.CANCELLED
+            case "failed":
+                state = RequestState.FAILED
+            case _:
+                assert_never(event.outcome)
+        self.cluster.forget(tracked, state)
+
+    def _instance_joined(self, info: InstanceInfo) -> None:
+        known = self.cluster.instances.get(info.id)
+        if known is not None:
+            if known.info.epoch > info.epoch:
+                return
+            if known.info == info:
+                return  # the same instance after its link was cut
+            self._instance_left(known)
+        instance = self.cluster.join(info)
+        for state in (InstanceState.STANDBY, InstanceState.LOADING, InstanceState.READY):
+            instance.move(state)
+        for tracked in self.cluster.requests.values():
+            if tracked.instance == info.id and tracked.epoch == info.epoch:
+                instance.bind(tracked)
+
+    def _instance_left(self, instance: TrackedInstance) -> None:
+        # Their gateways hold what was already sent: they ask again, or end the stream.
+        self.cluster.leave(instance)
+
+    def _adopt(self, opened: OpenRequest, gateway: str, now: float) -> None:
+        tracked = self._track(opened.request, gateway, now - opened.age_s)
+        tracked.state = RequestState.DISPATCHED
+        tracked.instance, tracked.epoch = opened.instance, opened.epoch
+        tracked.output_tokens = opened.output_tokens
+        if opened.output_tokens:
+            tracked.prefilled = opened.request.num_prompt_tokens
+        self.cluster.track(tracked)
+        instance = self.cluster.current(opened.instance, opened.epoch)
+        if instance is not None:
+            instance.bind(tracked)
+
+    def _gateway_left(self, gateway: str) -> None:
+        for tracked in [t for t in self.cluster.requests.values() if t.gateway == gateway]:
+            self.cluster.forget(tracked, RequestState.CANCELLED)
+
+    def snapshot(self) -> Snapshot:
+        """The state itself, for encoding at once: it goes on changing."""
+        cluster = self.cluster
+        bound = {id for instance in cluster.instances.values() for id in instance.requests}
+        unbound = tuple(t for id, t in cluster.requests.items() if id not in bound)
+        means = {f"{model}\n{name}": mean for (model, name), mean in cluster.output_mean.items()}
+        return Snapshot(tuple(cluster.instances.values()), unbound, means, self._memory, self._shadow_memory)
+
+    @classmethod
+    def restore(cls, config: ControllerConfig, snapshot: Snapshot) -> Controller:
+        """A controller in the state of ``snapshot``, which it takes over: give it a decoded one, not a live one's."""
+        controller = cls(config)
+        cluster = controller.cluster
+        for instance in snapshot.instances:
+            cluster.add(instance)
+        for tracked in snapshot.unbound:
+            cluster.track(tracked)
+        for key, mean in snapshot.output_mean.items():
+            model, name = key.split("\n")
+            cluster.output_mean[model, name] = mean
+        controller._memory, controller._shadow_memory = snapshot.memory, snapshot.shadow_memory
+        return controller
+
+
+def _decision(policy: str, placement: Placement, note: str = "") -> Decision:
+    return Decision(
+        policy,
+        placement.candidates,
+        placement.on_time,
+        placement.gain,
+        placement.load_s,
+        placement.predicted_ttft_s,
+        placement.predicted_e2e_s,
+        note,
+    )

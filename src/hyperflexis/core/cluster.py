@@ -1,0 +1,213 @@
+"""The state of the whole fleet, as far as deciding needs it; only ``Controller.handle`` changes it.
+
+Each instance keeps running totals of the work bound to it, so that comparing a thousand of them costs a thousand
+comparisons, not a walk over their requests. Times are seconds of the controller's clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import inf
+
+from ..errors import IllegalTransition
+from .instance import InstanceInfo, InstanceReport, InstanceState, check_instance_move
+from .latency import Coefficients
+from .request import Request, RequestState, check_request_move
+
+REPORT_DELAY_S = 0.1
+"""A report may be this old: a first token is held to be late only if it was late even so."""
+OUTPUT_PRIOR = 128.0
+"""Expected output tokens of a class before any of its requests has finished."""
+OUTPUT_WEIGHT = 0.02
+"""Weight of the newest request in a class's mean output length: about the last 50 count."""
+
+
+@dataclass(slots=True, eq=False)
+class TrackedRequest:
+    """A request in flight. ``first_due`` is when its first token is due; ``prefilled`` and ``output_tokens`` are what
+    its instance last reported."""
+
+    request: Request
+    gateway: str
+    arrived_at: float
+    first_due: float
+    expected_output_tokens: float
+    state: RequestState = RequestState.WAITING
+    instance: str | None = None
+    epoch: int = 0
+    prefilled: int = 0
+    output_tokens: int = 0
+    missed_first: bool = False
+
+    @property
+    def pace_s(self) -> float:
+        """Seconds allowed per output token (inf: nothing promised)."""
+        ttft_s = self.first_due - self.arrived_at if self.first_due < inf else 0.0
+        return self.request.slo.pace_s(self.expected_output_tokens, ttft_s)
+
+    @property
+    def remaining_prefill(self) -> int:
+        """Prompt tokens not yet computed; 0 once a token was sent."""
+        return 0 if self.output_tokens else max(self.request.num_prompt_tokens - self.prefilled, 0)
+
+    @property
+    def context_tokens(self) -> float:
+        """KV tokens it holds or will hold soon: the prompt and half of its expected output."""
+        return self.request.num_prompt_tokens + max(self.output_tokens, 0.5 * self.expected_output_tokens)
+
+    def move(self, state: RequestState) -> None:
+        """Change state along the table; raises IllegalTransition."""
+        check_request_move(self.state, state)
+        self.state = state
+
+
+@dataclass(slots=True, eq=False)
+class TrackedInstance:
+    """An instance and the totals of the requests bound to it.
+
+    ``prefill_s``: seconds of prompt work; ``num_decodes`` and ``kv_tokens``: requests past their prompt and the
+    context of all bound ones; ``min_pace_s``: the tightest pace that still can be kept.
+    """
+
+    info: InstanceInfo
+    latency: Coefficients
+    state: InstanceState = InstanceState.LAUNCHING
+    report: InstanceReport | None = None
+    requests: dict[str, TrackedRequest] = field(default_factory=dict)
+    prefill_s: float = 0.0
+    num_decodes: int = 0
+    kv_tokens: float = 0.0
+    min_pace_s: float = inf
+
+    @property
+    def id(self) -> str:
+        """The instance's id."""
+        return self.info.id
+
+    @property
+    def num_requests(self) -> int:
+        """Requests bound to it."""
+        return len(self.requests)
+
+    def move(self, state: InstanceState) -> None:
+        """Change state along the table; raises IllegalTransition."""
+        check_instance_move(self.state, state)
+        self.state = state
+
+    def bind(self, tracked: TrackedRequest) -> None:
+        """Count a request that was dispatched here."""
+        self.requests[tracked.request.id] = tracked
+        self.prefill_s += self._work_s(tracked)
+        self.kv_tokens += tracked.context_tokens
+        self.num_decodes += tracked.remaining_prefill == 0
+        if not tracked.missed_first:
+            self.min_pace_s = min(self.min_pace_s, tracked.pace_s)
+
+    def unbind(self, tracked: TrackedRequest) -> None:
+        """Forget a request that left."""
+        if self.requests.pop(tracked.request.id, None) is None:
+            return
+        self.prefill_s = max(self.prefill_s - self._work_s(tracked), 0.0)
+        self.kv_tokens = max(self.kv_tokens - tracked.context_tokens, 0.0)
+        self.num_decodes -= tracked.remaining_prefill == 0
+        if tracked.pace_s <= self.min_pace_s:
+            self._refresh_pace()
+
+    def take_report(self, report: InstanceReport, now: float) -> None:
+        """Update progress and latency, and recompute the totals: O(requests here), ten times a second at most."""
+        self.report = report
+        self.latency = report.latency
+        for progress in report.progress:
+            tracked = self.requests.get(progress.id)
+            if tracked is None:
+                continue
+            if progress.output_tokens and not tracked.output_tokens:
+                tracked.missed_first = now - REPORT_DELAY_S > tracked.first_due
+            tracked.prefilled = max(tracked.prefilled, progress.prefilled_tokens)
+            tracked.output_tokens = max(tracked.output_tokens, progress.output_tokens)
+        self.prefill_s = sum(self._work_s(tracked) for tracked in self.requests.values())
+        self.kv_tokens = sum(tracked.context_tokens for tracked in self.requests.values())
+        self.num_decodes = sum(1 for tracked in self.requests.values() if tracked.remaining_prefill == 0)
+        self._refresh_pace()
+
+    def _refresh_pace(self) -> None:
+        self.min_pace_s = min((t.pace_s for t in self.requests.values() if not t.missed_first), default=inf)
+
+    def _work_s(self, tracked: TrackedRequest) -> float:
+        return self.latency.prefill_s(tracked.remaining_prefill, tracked.prefilled)
+
+
+class Cluster:
+    """All instances, by model, and all requests in flight."""
+
+    def __init__(self) -> None:
+        self.instances: dict[str, TrackedInstance] = {}
+        self.by_model: dict[str, dict[str, TrackedInstance]] = {}
+        self.requests: dict[str, TrackedRequest] = {}
+        self.output_mean: dict[tuple[str, str], float] = {}
+
+    def ready(self, model: str) -> list[TrackedInstance]:
+        """Instances of ``model`` that take new requests, in order of joining."""
+        return [i for i in self.by_model.get(model, {}).values() if i.state is InstanceState.READY]
+
+    def current(self, instance_id: str, epoch: int) -> TrackedInstance | None:
+        """The instance if ``epoch`` is its current one. Stale epochs end here."""
+        instance = self.instances.get(instance_id)
+        return instance if instance is not None and instance.info.epoch == epoch else None
+
+    def join(self, info: InstanceInfo) -> TrackedInstance:
+        """Add a launched instance. Raises IllegalTransition for an older epoch than the one known."""
+        known = self.instances.get(info.id)
+        if known is not None and known.info.epoch > info.epoch:
+            raise IllegalTransition(f"instance {info.id} epoch {info.epoch} is older than {known.info.epoch}")
+        instance = TrackedInstance(info, info.latency)
+        self.add(instance)
+        return instance
+
+    def add(self, instance: TrackedInstance) -> None:
+        """Put an instance in, in whatever state, with its requests."""
+        self.instances[instance.id] = instance
+        self.by_model.setdefault(instance.info.model, {})[instance.id] = instance
+        self.requests.update(instance.requests)
+
+    def leave(self, instance: TrackedInstance) -> list[TrackedRequest]:
+        """Mark it LOST and drop it; returns the requests that were bound to it."""
+        instance.move(InstanceState.LOST)
+        del self.instances[instance.id]
+        del self.by_model[instance.info.model][instance.id]
+        return list(instance.requests.values())
+
+    def track(self, tracked: TrackedRequest) -> None:
+        """Add a request."""
+        self.requests[tracked.request.id] = tracked
+
+    def bind(self, tracked: TrackedRequest, instance: TrackedInstance) -> None:
+        """WAITING -> DISPATCHED on ``instance``."""
+        tracked.move(RequestState.DISPATCHED)
+        tracked.instance, tracked.epoch = instance.id, instance.info.epoch
+        instance.bind(tracked)
+
+    def unbind(self, tracked: TrackedRequest) -> None:
+        """Take a request off its instance, if that is still there."""
+        if tracked.instance is not None:
+            instance = self.current(tracked.instance, tracked.epoch)
+            if instance is not None:
+                instance.unbind(tracked)
+        tracked.instance = None
+
+    def forget(self, tracked: TrackedRequest, state: RequestState) -> None:
+        """End a request in ``state``."""
+        self.unbind(tracked)
+        tracked.move(state)
+        del self.requests[tracked.request.id]
+
+    def expected_output_tokens(self, request: Request) -> float:
+        """Mean output of the request's class so far, within the client's limit."""
+        mean = self.output_mean.get((request.model, request.slo_class), OUTPUT_PRIOR)
+        return max(1.0, min(mean, float(request.max_output_tokens)))
+
+    def learn_output(self, request: Request, output_tokens: int) -> None:
+        """Take in a finished request's length."""
+        key = (request.model, request.slo_class)
+        mean = self.output_mean.get(key)
+        self.output_mean[key] = output_tokens if mean is None else mean + OUTPUT_WEIGHT * (output_tokens - mean)

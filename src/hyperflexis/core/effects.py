@@ -1,0 +1,55 @@
+"""What to do: the only way the controller reaches the world."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+RejectReason = Literal["slo_infeasible", "overloaded", "no_instance_ready", "unknown_model", "attempts_exhausted"]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Why a request was placed where it was: enough to explain it to its sender.
+
+    ``predicted_*`` are seconds after arrival. ``on_time`` is False for a request that is expected to miss its first
+    deadline and is served from leftover budget (demoted). ``gain`` is the on-time value won, ``load_s`` the queue of
+    the chosen instance in seconds, ``candidates`` how many instances were compared.
+    """
+
+    policy: str
+    candidates: int
+    on_time: bool
+    gain: float
+    load_s: float
+    predicted_ttft_s: float
+    predicted_e2e_s: float
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Send the request to an instance. ``expected_output_tokens`` is the class's mean so far."""
+
+    request_id: str
+    gateway: str
+    instance: str
+    epoch: int
+    address: str
+    value: float
+    expected_output_tokens: float
+    decision: Decision
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """Refuse the request. ``retry_after_s`` is the honest wait, None when waiting does not help."""
+
+    request_id: str
+    gateway: str
+    reason: RejectReason
+    message: str
+    retry_after_s: float | None = None
+
+
+Effect = Dispatch | Reject

@@ -1,0 +1,99 @@
+"""What happened: the only way the world reaches the controller. Durations, never stamps of another process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .instance import InstanceInfo, InstanceReport
+from .request import Request
+
+Outcome = Literal["finished", "cancelled", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestArrived:
+    """A gateway asks where to send a request that reached it ``age_s`` ago.
+
+    ``attempt`` counts dispatches of this request that failed before; ``avoid`` names the instance that failed it.
+    """
+
+    request: Request
+    gateway: str
+    age_s: float
+    attempt: int = 0
+    avoid: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFinished:
+    """A request ended at its gateway. ``ttft_s`` is None when no token was sent; ``prompt_tokens_cached`` counts
+    prompt tokens whose KV was found."""
+
+    id: str
+    outcome: Outcome
+    output_tokens: int
+    ttft_s: float | None
+    e2e_s: float
+    prompt_tokens_cached: int = 0
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRequest:
+    """A request that a gateway has in flight, told to a controller that has just started."""
+
+    request: Request
+    age_s: float
+    instance: str
+    epoch: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayJoined:
+    """A gateway connected; ``open`` are its requests in flight."""
+
+    gateway: str
+    open: tuple[OpenRequest, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayLeft:
+    """A gateway's connection ended; its requests died with it."""
+
+    gateway: str
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceJoined:
+    """An instance connected and is ready to serve."""
+
+    info: InstanceInfo
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceReported:
+    """A periodic report of an instance."""
+
+    report: InstanceReport
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceLeft:
+    """An instance's process or connection ended. Ignored when ``epoch`` is not the current one."""
+
+    id: str
+    epoch: int
+    reason: str
+
+
+Event = (
+    RequestArrived
+    | RequestFinished
+    | GatewayJoined
+    | GatewayLeft
+    | InstanceJoined
+    | InstanceReported
+    | InstanceLeft
+)

@@ -1,0 +1,144 @@
+"""Which instance gets a request: the one where it adds the most value on time, at the least cost.
+
+    gain = on-time value of the queue with the request - without it     (order.py, at the speed that decodes leave)
+           - 2 x its value if a steady decode iteration would break a pace, or KV cache or batch would overflow
+    cost = seconds of the queue it joins: prompts to compute, and ten times what its decodes add to a step
+
+Best (gain, -cost) among the least loaded. Bound at arrival and not moved: holding at the gateway and moving later
+both lost in our experiments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from heapq import nsmallest
+from math import inf
+
+from ..core.cluster import TrackedInstance, TrackedRequest
+from .budget import CAP_S
+from .order import Item, by_deadline, on_time_value
+
+MAX_CANDIDATES = 8
+"""How many of the least loaded are looked at closely."""
+DECODE_WEIGHT = 10.0
+"""Seconds of load per second that an instance's decodes add to each of its steps."""
+PACE_MARGIN = 0.95
+"""A steady decode iteration may take this share of the tightest pace."""
+MIN_SHARE = 0.05
+"""Prompts are assumed to get at least this share of an instance's time."""
+MAX_RANKED = 128
+"""Queued requests ranked per candidate; beyond that a queue is too long for order to be decided here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a request goes and what is expected of it; ``predicted_*`` are seconds after its arrival."""
+
+    instance: str
+    candidates: int
+    gain: float
+    load_s: float
+    predicted_ttft_s: float
+    predicted_e2e_s: float
+    on_time: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceMemory:
+    """What a placement policy remembers from one request to the next: ``turn`` of round robin, by model."""
+
+    turn: dict[str, int] = field(default_factory=dict)
+
+
+PlacePolicy = Callable[
+    [float, TrackedRequest, Sequence[TrackedInstance], PlaceMemory], tuple[Placement, PlaceMemory]
+]
+"""(now, request, ready instances of its model (at least one), memory) -> (placement, new memory)."""
+
+
+def load_s(instance: TrackedInstance) -> float:
+    """Seconds of work in front of a newcomer."""
+    latency = instance.latency
+    return instance.prefill_s + DECODE_WEIGHT * (
+        latency.c3 * instance.num_decodes + latency.c4 * instance.kv_tokens
+    )
+
+
+def prefill_share(instance: TrackedInstance) -> float:
+    """Share of the instance's time that prompts get: what decodes at their tightest pace leave."""
+    step_s = min(CAP_S, instance.min_pace_s)
+    decode_s = instance.latency.decode_s(instance.num_decodes, instance.kv_tokens if instance.num_decodes else 0.0)
+    return max(1.0 - decode_s / step_s, MIN_SHARE) if step_s > 0.0 else MIN_SHARE
+
+
+def queue_of(instance: TrackedInstance) -> list[Item]:
+    """The requests whose prompts wait or run on the instance, by deadline."""
+    latency = instance.latency
+    items = []
+    for tracked in instance.requests.values():
+        remaining = tracked.remaining_prefill
+        if remaining:
+            items.append(item_of(tracked, latency.prefill_s(remaining, tracked.prefilled)))
+            if len(items) == MAX_RANKED:
+                break
+    return by_deadline(items)
+
+
+def item_of(tracked: TrackedRequest, work_s: float) -> Item:
+    """A request as a job of the on-time subset."""
+    return Item(tracked.request.id, tracked.first_due, work_s, tracked.request.value, work_s)
+
+
+def place(
+    now: float, tracked: TrackedRequest, ready: Sequence[TrackedInstance], memory: PlaceMemory
+) -> tuple[Placement, PlaceMemory]:
+    """HyperFlexis' placement; see the module's rules."""
+    candidates = nsmallest(MAX_CANDIDATES, ready, key=load_s) if len(ready) > 1 else ready
+    best: Placement | None = None
+    for instance in candidates:
+        placement = _evaluate(now, tracked, instance, len(ready))
+        if best is None or (placement.gain, -placement.load_s) > (best.gain, -best.load_s):
+            best = placement
+    assert best is not None
+    return best, memory
+
+
+def _evaluate(now: float, tracked: TrackedRequest, instance: TrackedInstance, candidates: int) -> Placement:
+    request, latency = tracked.request, instance.latency
+    work_s = latency.prefill_s(request.num_prompt_tokens)
+    share = prefill_share(instance)
+    mine = item_of(tracked, work_s)
+    queue = queue_of(instance)
+    start = now + latency.c0
+    on_time = work_s <= (mine.due - start) * share if mine.due < inf else True
+    if queue and on_time:
+        with_mine = by_deadline([*queue, mine])
+        gain = on_time_value(with_mine, start, share) - on_time_value(queue, start, share)
+        on_time = gain > 0.0
+    else:
+        gain = request.value if on_time else 0.0
+    before_s = sum(item.work_s for item in queue if item.due <= mine.due)
+    ttft_s = now - tracked.arrived_at + latency.c0 + (before_s + work_s) / share
+    context = instance.kv_tokens + tracked.context_tokens
+    step_s = latency.decode_s(instance.num_decodes + len(queue) + 1, context)
+    pace_s = min(instance.min_pace_s, tracked.pace_s)
+    if (
+        step_s > PACE_MARGIN * pace_s
+        or context > instance.info.kv_capacity_tokens
+        or instance.num_requests >= instance.info.max_batch
+    ):
+        gain -= 2.0 * request.value
+    e2e_s = ttft_s + max(tracked.expected_output_tokens - 1.0, 0.0) * step_s
+    return Placement(instance.id, candidates, gain, load_s(instance), ttft_s, e2e_s, on_time)
+
+
+def predict_first_come(now: float, tracked: TrackedRequest, instance: TrackedInstance, candidates: int) -> Placement:
+    """What to expect on an instance that serves in arrival order: the baselines' prediction."""
+    latency = instance.latency
+    work_s = latency.prefill_s(tracked.request.num_prompt_tokens)
+    step_s = latency.decode_s(instance.num_decodes + 1, instance.kv_tokens)
+    ttft_s = now - tracked.arrived_at + latency.c0 + instance.prefill_s + work_s
+    e2e_s = ttft_s + max(tracked.expected_output_tokens - 1.0, 0.0) * step_s
+    on_time = now + ttft_s - (now - tracked.arrived_at) <= tracked.first_due
+    return Placement(instance.id, candidates, 0.0, load_s(instance), ttft_s, e2e_s, on_time)

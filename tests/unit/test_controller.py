@@ -1,0 +1,175 @@
+from dataclasses import replace
+
+import msgspec
+import pytest
+
+from hyperflexis.controller import Controller, ControllerConfig, Snapshot
+from hyperflexis.core.effects import Dispatch, Reject
+from hyperflexis.core.events import (
+    GatewayJoined,
+    GatewayLeft,
+    InstanceJoined,
+    InstanceLeft,
+    InstanceReported,
+    OpenRequest,
+    RequestArrived,
+    RequestFinished,
+)
+from hyperflexis.core.instance import InstanceInfo, InstanceReport, RequestProgress
+from hyperflexis.core.latency import Coefficients
+from hyperflexis.core.request import Request
+from hyperflexis.core.slo import Slo
+
+MODEL = Coefficients(c0=0.010, c1=1e-4, c2=0.0, c3=5e-4, c4=0.0)
+
+
+def info(id: str, epoch: int = 1, **changes) -> InstanceInfo:
+    base = InstanceInfo(id, epoch, "m", "cpu", f"unix:{id}", "emulated", 8192, 100_000, 64, 8192, True, MODEL)
+    return replace(base, **changes)
+
+
+def request(id: str, prompt: int = 500, ttft_s: float | None = 1.0, **changes) -> Request:
+    base = Request(id, "m", "t", "chat", Slo(ttft_s, 0.05), 1.0, prompt, 100)
+    return replace(base, **changes)
+
+
+def controller(policy: str = "hyperflexis", instances: int = 2, **changes) -> Controller:
+    made = Controller(ControllerConfig(("m",), policy, **changes))
+    for i in range(instances):
+        made.handle(InstanceJoined(info(f"i{i}")), 0.0)
+    return made
+
+
+def ask(c: Controller, r: Request, now: float = 0.0, **changes):
+    (effect,) = c.handle(RequestArrived(r, "g", 0.0, **changes), now)
+    return effect
+
+
+def report(id: str, progress=(), epoch: int = 1) -> InstanceReport:
+    return InstanceReport(id, epoch, 0, 0, 0, 1, 0, 0, 0, 0, 0.0, MODEL, tuple(progress))
+
+
+def test_round_robin_takes_turns_and_least_loaded_counts():
+    rr = controller("round_robin")
+    assert [ask(rr, request(f"r{k}")).instance for k in range(4)] == ["i0", "i1", "i0", "i1"]
+    least = controller("least_loaded")
+    assert [ask(least, request(f"r{k}")).instance for k in range(3)] == ["i0", "i1", "i0"]
+    least.handle(RequestFinished("r0", "finished", 5, 0.1, 0.2), 1.0)
+    least.handle(RequestFinished("r2", "finished", 5, 0.1, 0.2), 1.0)
+    assert ask(least, request("r3")).instance == "i0"
+
+
+def test_placement_prefers_the_instance_where_the_request_is_on_time():
+    c = controller()
+    ask(c, request("big", prompt=8000, ttft_s=60.0))
+    first = ask(c, request("tight", prompt=1000, ttft_s=0.3))
+    assert first.instance == "i1"
+    assert first.decision.on_time
+    assert first.decision.predicted_ttft_s < 0.3
+
+
+def test_an_earlier_deadline_overtakes_a_long_queue_in_the_prediction():
+    c = controller(instances=1)
+    for k in range(4):
+        ask(c, request(f"batch{k}", prompt=8000, ttft_s=60.0))
+    decision = ask(c, request("tight", prompt=500, ttft_s=0.5)).decision
+    assert decision.on_time
+    assert decision.predicted_ttft_s < 0.2
+    assert decision.load_s == pytest.approx(3.2, rel=0.1)
+
+
+def test_hopeless_requests_are_demoted_or_refused_as_the_client_chose():
+    c = controller(instances=1)
+    dispatched = ask(c, request("r", prompt=8000, ttft_s=0.1))
+    assert isinstance(dispatched, Dispatch) and not dispatched.decision.on_time
+    refused = ask(c, request("f", prompt=8000, ttft_s=0.1, fail_fast=True))
+    assert isinstance(refused, Reject)
+    assert (refused.reason, refused.retry_after_s is not None) == ("slo_infeasible", True)
+    assert "f" not in c.cluster.requests
+
+
+def test_refusals_say_why():
+    c = controller(max_backlog_s=1.0)
+    assert ask(c, request("u", model="nope")).reason == "unknown_model"
+    assert ask(c, request("a"), attempt=3).reason == "attempts_exhausted"
+    for k in range(8):
+        ask(c, request(f"r{k}", prompt=8000))
+    overloaded = ask(c, request("o", prompt=8000))
+    assert overloaded.reason == "overloaded" and overloaded.retry_after_s >= 1.0
+    assert ask(controller(instances=0), request("n")).reason == "no_instance_ready"
+
+
+def test_progress_frees_load_and_output_lengths_are_learnt():
+    c = controller(instances=1)
+    ask(c, request("r", prompt=5000))
+    before = ask(c, request("p1", prompt=10)).decision.load_s
+    c.handle(InstanceReported(report("i0", [RequestProgress("r", 5000, 3)])), 0.2)
+    after = ask(c, request("p2", prompt=10)).decision.load_s
+    assert after < before - 0.4
+    c.handle(RequestFinished("r", "finished", 40, 0.5, 1.0), 1.0)
+    assert ask(c, request("p3")).expected_output_tokens == 40.0
+    assert ask(c, request("p4", max_output_tokens=7)).expected_output_tokens == 7.0
+
+
+def test_a_request_asked_again_avoids_the_instance_that_failed_it_and_is_counted_once():
+    c = controller()
+    where = ask(c, request("r")).instance
+    again = ask(c, request("r"), attempt=1, avoid=where)
+    assert again.instance != where
+    assert sum(i.num_requests for i in c.cluster.instances.values()) == 1
+    assert c.cluster.instances[where].prefill_s == 0.0
+
+
+def test_stale_epochs_change_nothing():
+    c = controller(instances=1)
+    c.handle(InstanceJoined(info("i0", epoch=2)), 1.0)
+    c.handle(InstanceLeft("i0", 1, "late news"), 1.1)
+    c.handle(InstanceReported(report("i0", epoch=1)), 1.1)
+    c.handle(InstanceJoined(info("i0", epoch=1)), 1.1)
+    assert c.cluster.instances["i0"].info.epoch == 2
+    assert ask(c, request("r")).epoch == 2
+
+
+def test_a_lost_instance_gets_nothing_and_its_requests_can_be_asked_again():
+    c = controller(instances=1)
+    ask(c, request("r"))
+    c.handle(InstanceLeft("i0", 1, "killed"), 1.0)
+    assert ask(c, request("r"), attempt=1, avoid="i0").reason == "no_instance_ready"
+    c.handle(InstanceJoined(info("i0", epoch=2)), 2.0)
+    assert ask(c, request("r"), attempt=1, avoid="i0").epoch == 2
+
+
+def test_gateways_bring_their_open_requests_and_take_them_away():
+    c = controller()
+    opened = OpenRequest(request("r", prompt=3000), 0.5, "i1", 1, 0)
+    c.handle(GatewayJoined("g", (opened, replace(opened, request=request("q"), instance="i9"))), 1.0)
+    assert c.cluster.instances["i1"].num_requests == 1
+    assert c.cluster.requests["r"].arrived_at == 0.5
+    c.handle(InstanceJoined(info("i9")), 1.1)
+    assert c.cluster.instances["i9"].num_requests == 1
+    c.handle(GatewayLeft("g"), 2.0)
+    assert not c.cluster.requests
+    assert c.cluster.instances["i1"].num_requests == 0
+
+
+def test_observe_dispatches_round_robin_and_notes_the_other_decision():
+    c = controller(observe=True)
+    ask(c, request("big", prompt=8000, ttft_s=60.0))
+    ask(c, request("b", prompt=10))
+    second = ask(c, request("tight", prompt=1000, ttft_s=0.3))
+    assert second.instance == "i0" and second.decision.policy == "round_robin"
+    assert c.shadow is not None and c.shadow.policy == "hyperflexis" and "i1" in c.shadow.note
+
+
+def test_a_restored_controller_decides_the_same():
+    c = controller()
+    for k in range(6):
+        ask(c, request(f"r{k}", prompt=300 * (k + 1)), now=0.1 * k)
+    c.handle(RequestFinished("r1", "finished", 33, 0.1, 0.4), 0.7)
+    c.handle(InstanceLeft("i1", 1, "killed"), 0.8)
+    c.handle(InstanceJoined(info("i1", 2)), 0.9)
+    copy = msgspec.msgpack.decode(msgspec.msgpack.encode(c.snapshot()), type=Snapshot)
+    twin = Controller.restore(c.config, copy)
+    for k in range(6, 20):
+        event = RequestArrived(request(f"r{k}", prompt=100 + 37 * k), "g", 0.01 * k)
+        assert twin.handle(event, 1.0 + k) == c.handle(event, 1.0 + k)
