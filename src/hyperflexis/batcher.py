@@ -263,17 +263,19 @@ class Batcher:
         num_decodes = len(chunks)
         prefill_tokens = 0
         attention = 0.0
+        full = False
         for seq, tokens in step.prefills:
-            if seq.id not in self._waiting:
+            if seq.id not in self._waiting or (full and not seq.started):
                 continue
             n = self._grow_for_prefill(seq, tokens)
             if n == 0:
-                break  # out of KV: later ones in the order must not overtake
+                full = True  # those that hold KV may go on; new ones must not overtake
+                continue
             chunks.append(Chunk(seq, seq.computed, n, seq.computed + n == seq.num_tokens))
             prefill_tokens += n
             attention += n * (seq.computed + 0.5 * n)
         if not chunks:
-            return self._plan_stuck(now)
+            return self._plan_one(now)
         predicted = latency.predict(prefill_tokens, attention, num_decodes, kv_tokens)
         return Batch(tuple(chunks), num_decodes, prefill_tokens, attention, kv_tokens, predicted, step.budget_s)
 
@@ -352,28 +354,37 @@ class Batcher:
         seq.blocks = self.kv.take_prefix(seq.keys[:usable])
         seq.published = len(seq.blocks)
         seq.computed = len(seq.blocks) * size
-        if seq.output_tokens == 0:
-            seq.cached_tokens = seq.computed
-        self.counters.prefix_hit_tokens += seq.computed
         seq.started = True
+
+    def _give_back(self, seq: Sequence) -> None:
+        """The opposite of ``_start``: hold nothing."""
+        self.kv.release(seq.blocks)
+        seq.blocks = []
+        seq.started = False
+        seq.published = 0
+        seq.computed = self._reusable(seq)
 
     def _grow_for_prefill(self, seq: Sequence, tokens: int) -> int:
         """Blocks for up to ``tokens`` more tokens of ``seq``; how many of them fit."""
         size = self.config.block_size
-        if not seq.started:
+        new = not seq.started
+        if new:
             self._start(seq)
-        tokens = min(tokens, seq.remaining_prefill)
         have = len(seq.blocks) * size
-        tokens = min(tokens, have + self.kv.available * size - seq.computed)
+        tokens = min(tokens, seq.remaining_prefill, have + self.kv.available * size - seq.computed)
         if tokens <= 0:
-            if not seq.computed:
-                seq.started = False
+            if new:  # it would hold its prefix and not move
+                self._give_back(seq)
             return 0
         need = -(-(seq.computed + tokens) // size) - len(seq.blocks)
         if need > 0:
             blocks = self.kv.allocate(need)
             assert blocks is not None
             seq.blocks.extend(blocks)
+        if new:
+            self.counters.prefix_hit_tokens += seq.computed
+            if seq.output_tokens == 0:
+                seq.cached_tokens = seq.computed
         return tokens
 
     def _grow_for_decode(self, now: float, seq: Sequence) -> bool:
@@ -394,20 +405,25 @@ class Batcher:
     def _preempt(self, seq: Sequence) -> None:
         self.counters.preemptions += 1
         self._running.pop(seq.id, None)
-        self.kv.release(seq.blocks)
-        seq.blocks = []
-        seq.started = False
-        seq.published = 0
-        seq.computed = self._reusable(seq)
+        self._give_back(seq)
         self._waiting[seq.id] = seq
 
-    def _plan_stuck(self, now: float) -> Batch | None:
-        """Nothing fits: several half-computed prompts share the whole cache. Preempt until one can go on."""
-        held = [seq for seq in self._waiting.values() if seq.started]
-        if len(held) < 2:
-            return None
-        self._preempt(self._victim(now, held))
-        return self.plan(now)
+    def _plan_one(self, now: float) -> Batch | None:
+        """Nothing that the policy chose fits, since all decodes were preempted or half-computed prompts share the
+        whole cache: one request goes on alone, those that hold KV first, and preempts others until it can."""
+        while True:
+            held = [seq for seq in self._waiting.values() if seq.started]
+            for seq in sorted(held or self._waiting.values(), key=lambda seq: seq.arrived_at):
+                n = self._grow_for_prefill(seq, self.config.max_batch_tokens)
+                if n:
+                    start = seq.computed
+                    attention = n * (start + 0.5 * n)
+                    predicted = self.latency.predict(n, attention, 0, 0)
+                    chunk = Chunk(seq, start, n, start + n == seq.num_tokens)
+                    return Batch((chunk,), 0, n, attention, 0, predicted, inf)
+            if not held:
+                return None
+            self._preempt(self._victim(now, held))
 
     def _publish(self, seq: Sequence) -> None:
         """Offer the blocks that have become full for reuse."""

@@ -58,8 +58,8 @@ class Snapshot:
     instances: tuple[TrackedInstance, ...] = ()
     unbound: tuple[TrackedRequest, ...] = ()
     output_mean: dict[str, float] = field(default_factory=dict)
-    memory: PlaceMemory = PlaceMemory()
-    shadow_memory: PlaceMemory = PlaceMemory()
+    memory: PlaceMemory = field(default_factory=PlaceMemory)
+    shadow_memory: PlaceMemory = field(default_factory=PlaceMemory)
 
 
 class Controller:
@@ -157,9 +157,7 @@ class Controller:
         self.cluster.forget(tracked, RequestState.REJECTED)
         return Reject(tracked.request.id, tracked.gateway, reason, message, retry_after_s)
 
-    def _decide(
-        self, now: float, tracked: TrackedRequest, ready: list[TrackedInstance]
-    ) -> tuple[Placement, Decision]:
+    def _decide(self, now: float, tracked: TrackedRequest, ready: list[TrackedInstance]) -> tuple[Placement, Decision]:
         config = self.config
         if config.observe:
             shadow, self._shadow_memory = POLICIES[config.policy].place(now, tracked, ready, self._shadow_memory)

@@ -23,7 +23,7 @@ import socket
 import sys
 from array import array
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import msgspec
 
@@ -205,7 +205,7 @@ class Framer:
                     raise ProtocolError(f"unknown message type {code}; is the peer of another version?")
                 try:
                     out.append(_DECODERS[code].decode(view[at + 5 : at + 4 + length]))
-                except msgspec.DecodeError as error:
+                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                     raise ProtocolError(f"bad {MESSAGES[code].__name__}: {error}") from error
                 at += 4 + length
         finally:
@@ -265,12 +265,11 @@ class Link(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """asyncio's callback."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is of another class
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        transport.write(encode(self._hello))
+        self._transport.write(encode(self._hello))
 
     def data_received(self, data: bytes) -> None:
         """asyncio's callback."""

@@ -89,11 +89,5 @@ class InstanceLeft:
 
 
 Event = (
-    RequestArrived
-    | RequestFinished
-    | GatewayJoined
-    | GatewayLeft
-    | InstanceJoined
-    | InstanceReported
-    | InstanceLeft
+    RequestArrived | RequestFinished | GatewayJoined | GatewayLeft | InstanceJoined | InstanceReported | InstanceLeft
 )

@@ -51,18 +51,14 @@ class PlaceMemory:
     turn: dict[str, int] = field(default_factory=dict)
 
 
-PlacePolicy = Callable[
-    [float, TrackedRequest, Sequence[TrackedInstance], PlaceMemory], tuple[Placement, PlaceMemory]
-]
+PlacePolicy = Callable[[float, TrackedRequest, Sequence[TrackedInstance], PlaceMemory], tuple[Placement, PlaceMemory]]
 """(now, request, ready instances of its model (at least one), memory) -> (placement, new memory)."""
 
 
 def load_s(instance: TrackedInstance) -> float:
     """Seconds of work in front of a newcomer."""
     latency = instance.latency
-    return instance.prefill_s + DECODE_WEIGHT * (
-        latency.c3 * instance.num_decodes + latency.c4 * instance.kv_tokens
-    )
+    return instance.prefill_s + DECODE_WEIGHT * (latency.c3 * instance.num_decodes + latency.c4 * instance.kv_tokens)
 
 
 def prefill_share(instance: TrackedInstance) -> float:

@@ -108,6 +108,8 @@ def plan(
     prefills: list[tuple[J, int]] = []
     if starving is not None and admission.admits(starving, late=False):
         n = _chunk(starving, max(STARVING_SHARE * time_left, 0.0), tokens_left, latency)
+        if n == 0 and not decodes:  # on a slow device its share of the time may never hold a chunk
+            n = min(starving.remaining_prefill, MIN_CHUNK, tokens_left)
         if n:
             prefills.append((starving, n))
             time_left -= latency.prefill_s(n, starving.computed)
@@ -129,9 +131,7 @@ def plan(
     return StepPlan(decodes, prefills, budget_s, demoted)
 
 
-def _rank(
-    now: float, jobs: list[J], latency: Coefficients, share: float
-) -> tuple[list[tuple[J, bool]], J | None, int]:
+def _rank(now: float, jobs: list[J], latency: Coefficients, share: float) -> tuple[list[tuple[J, bool]], J | None, int]:
     """(request, is late) in order of service, the longest starving request, and how many are not kept."""
     late: list[J] = []
     items: list[Item] = []

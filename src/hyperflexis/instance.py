@@ -1,0 +1,91 @@
+"""`hyperflexis instance`: builds one engine from the command line and hosts it.
+
+Engines are imported here, one of them per process, so that a machine without torch runs the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from .config import ENGINE_ARGS, EmulatedArgs, Engine, OpenAIArgs, Section, TorchArgs
+from .engines import base
+from .engines.host import InstanceIdentity, run_instance
+from .engines.profiles import load_profile
+from .errors import HyperFlexisError
+from .policy.catalog import STEPS, StepFunctions
+
+
+async def run(args: argparse.Namespace) -> None:
+    """Host the engine that the arguments describe until SIGTERM. Raises HyperFlexisError for what does not fit."""
+    engine = build(args)
+    await run_instance(engine, InstanceIdentity(args.id, args.epoch), args.listen, args.controller)
+
+
+def build(args: argparse.Namespace) -> base.Engine:
+    """The engine, not yet started."""
+    step = STEPS[args.step]
+    match _options(args):
+        case TorchArgs() as options:
+            return _torch(args, options, step)
+        case EmulatedArgs() as options:
+            return _emulated(args, options, step)
+        case OpenAIArgs() as options:
+            return _openai(args, options)
+        case options:
+            raise AssertionError(f"no engine takes {options!r}")
+
+
+def _options(args: argparse.Namespace) -> Section:
+    """The engine's options out of the flags. Raises HyperFlexisError naming the flag."""
+    engine: Engine = args.engine
+    model = ENGINE_ARGS[engine]
+    given = {k.removeprefix("option_"): v for k, v in vars(args).items() if k.startswith("option_") and v is not None}
+    foreign = sorted(set(given) - set(model.model_fields))
+    if foreign:
+        raise HyperFlexisError(f"--{foreign[0].replace('_', '-')} is not an option of engine {engine}")
+    try:
+        return model.model_validate_strings(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = str(first["loc"][0]).replace("_", "-")
+        raise HyperFlexisError(f"--{flag} {first['input']}: {first['msg']}") from error
+
+
+def _torch(args: argparse.Namespace, options: TorchArgs, step: StepFunctions) -> base.Engine:
+    if args.model is None:
+        raise HyperFlexisError("engine torch needs --model DIR; make one with: hyperflexis make-model DIR --size 20m")
+    try:
+        from .engines.torch.engine import TorchConfig, TorchEngine
+    except ModuleNotFoundError as error:
+        raise HyperFlexisError(f"engine torch needs {error.name}: pip install 'hyperflexis[torch]'") from error
+    directory: Path = args.model
+    name = args.name or directory.resolve().name
+    return TorchEngine(TorchConfig(model=name, directory=directory, step=step, **options.model_dump()))
+
+
+def _emulated(args: argparse.Namespace, options: EmulatedArgs, step: StepFunctions) -> base.Engine:
+    from .engines.emulated import EmulatedConfig, EmulatedEngine, Faults
+
+    if args.profile is None:
+        raise HyperFlexisError("engine emulated needs --profile NAME or --profile FILE.json")
+    profile = load_profile(args.profile)
+    values = options.model_dump()
+    faults = Faults(**{fault.name: values.pop(fault.name) for fault in fields(Faults)})
+    return EmulatedEngine(
+        EmulatedConfig(model=args.name or profile.model, profile=profile, step=step, faults=faults, **values)
+    )
+
+
+def _openai(args: argparse.Namespace, options: OpenAIArgs) -> base.Engine:
+    from .engines.openai import OpenAIConfig, OpenAIEngine
+
+    if args.url is None or args.name is None:
+        raise HyperFlexisError("engine openai needs --url URL of a running server and --name MODEL")
+    profile = None if args.profile is None else load_profile(args.profile)
+    return OpenAIEngine(
+        OpenAIConfig(args.name, args.url, api_key_env=args.api_key_env, profile=profile, **options.model_dump())
+    )

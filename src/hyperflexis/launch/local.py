@@ -1,0 +1,72 @@
+"""Children on this machine: started in a session of their own, with their output in a log file.
+
+A session of its own keeps a terminal's Ctrl-C from the child, so that ``serve`` alone decides the order of the stop;
+it is also a process group, so that a signal reaches what the child itself started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+class LocalProcess:
+    """A child that was started."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+        self.pid = process.pid
+
+    async def wait(self) -> int:
+        """Its exit status, negative for the signal that ended it. What it started itself is killed with it."""
+        code = await self._process.wait()
+        self.signal(signal.SIGKILL)
+        return code
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the child and to what it started."""
+        # Either error says that the whole group is gone; macOS gives EPERM while a zombie is left.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
+
+
+async def start_process(command: Sequence[str], env: Mapping[str, str], log: Path) -> LocalProcess:
+    """Start ``command`` with ``env`` on top of this process's environment; the log of its last run becomes LOG.1.
+
+    Raises OSError when the program cannot be started.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if log.exists():
+        log.replace(log.with_name(f"{log.name}.1"))
+    with log.open("wb") as output:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **env},
+            start_new_session=True,
+        )
+    return LocalProcess(process)
+
+
+def own_command(*arguments: str) -> list[str]:
+    """The command line that runs this program's command in a new process."""
+    return [sys.executable, "-m", "hyperflexis", *arguments]
+
+
+def instance_command(
+    id: str, epoch: int, name: str, engine: str, listen: str, controller: str, step: str, options: Sequence[str]
+) -> list[str]:
+    """Start one instance here; ``options`` are the engine's own (``--model DIR``, ``--threads 1``, ...)."""
+    return own_command(
+        "instance",
+        *("--id", id, "--epoch", str(epoch), "--name", name, "--engine", engine),
+        *("--listen", listen, "--controller", controller, "--step", step),
+        *options,
+    )

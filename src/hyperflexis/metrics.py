@@ -1,0 +1,150 @@
+"""The table of all metrics: names, labels and meaning. Text format of Prometheus.
+
+A token touches none of them: per-request figures are taken at a request's end, levels are read when asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from .core.instance import InstanceReport
+from .core.slo import Slo
+
+Outcome = Literal["finished", "cancelled", "failed", "rejected"]
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0)
+_TPOT_BUCKETS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+_E2E_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0, 600.0)
+_BY_CLASS = ("model", "slo_class")
+
+
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """What a gateway knows at this moment. ``ready`` counts ready instances of each model."""
+
+    open_requests: int
+    connections: int
+    controller_up: bool
+    ready: Mapping[str, int]
+    reports: Sequence[InstanceReport]
+
+
+class GatewayMetrics:
+    """All metrics of one gateway process."""
+
+    def __init__(self, read_levels: Callable[[], Levels]) -> None:
+        self._registry = CollectorRegistry()
+
+        def counter(name: str, text: str, labels: tuple[str, ...]) -> Counter:
+            return Counter(f"hyperflexis_{name}", text, labels, registry=self._registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"hyperflexis_{name}", text, _BY_CLASS, buckets=buckets, registry=self._registry)
+
+        self._requests = counter(
+            "requests",
+            "Requests that ended, by outcome: finished, cancelled, failed, rejected",
+            (*_BY_CLASS, "outcome"),
+        )
+        self._attained = counter("slo_attained", "Finished requests of which every SLO held", _BY_CLASS)
+        self._ttft = histogram(
+            "time_to_first_token_seconds", "Arrival at the gateway to the first token", _TTFT_BUCKETS
+        )
+        self._tpot = histogram("time_per_output_token_seconds", "(e2e - ttft) / (output tokens - 1)", _TPOT_BUCKETS)
+        self._e2e = histogram("e2e_request_latency_seconds", "Arrival at the gateway to the last token", _E2E_BUCKETS)
+        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of finished requests", _BY_CLASS)
+        self._output_tokens = counter("generation_tokens", "Output tokens of finished requests", _BY_CLASS)
+        self._errors = counter("http_errors", "Requests answered with an error, by status and code", ("status", "code"))
+        self._redispatched = counter(
+            "redispatched", "Requests asked for again because their instance failed", ("model",)
+        )
+        self._registry.register(_LevelsCollector(read_levels))
+
+    def request_ended(
+        self,
+        model: str,
+        slo_class: str,
+        outcome: Outcome,
+        slo: Slo,
+        prompt_tokens: int,
+        output_tokens: int,
+        ttft_s: float | None,
+        e2e_s: float,
+    ) -> None:
+        """One request is over. ``ttft_s`` is None when it had no token."""
+        self._requests.labels(model, slo_class, outcome).inc()
+        if outcome != "finished":
+            return
+        self._prompt_tokens.labels(model, slo_class).inc(prompt_tokens)
+        self._output_tokens.labels(model, slo_class).inc(output_tokens)
+        self._e2e.labels(model, slo_class).observe(e2e_s)
+        if ttft_s is not None:
+            self._ttft.labels(model, slo_class).observe(ttft_s)
+            if output_tokens > 1:
+                self._tpot.labels(model, slo_class).observe((e2e_s - ttft_s) / (output_tokens - 1))
+        if slo.is_met(e2e_s if ttft_s is None else ttft_s, e2e_s, output_tokens):
+            self._attained.labels(model, slo_class).inc()
+
+    def error_answered(self, status: int, code: str | None) -> None:
+        """An error went to a client."""
+        self._errors.labels(str(status), code or "").inc()
+
+    def redispatched(self, model: str) -> None:
+        """A request is asked for again."""
+        self._redispatched.labels(model).inc()
+
+    def render(self) -> bytes:
+        """The text that ``/metrics`` answers."""
+        return generate_latest(self._registry)
+
+
+class _LevelsCollector(Collector):
+    """Levels and the instances' own counters, read when asked for."""
+
+    def __init__(self, read: Callable[[], Levels]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        levels = self._read()
+        yield GaugeMetricFamily("hyperflexis_requests_open", "Requests in this gateway", levels.open_requests)
+        yield GaugeMetricFamily("hyperflexis_connections", "Client connections of this gateway", levels.connections)
+        yield GaugeMetricFamily(
+            "hyperflexis_controller_up", "1 while the controller is connected", float(levels.controller_up)
+        )
+        ready = GaugeMetricFamily("hyperflexis_instances_ready", "Ready instances", labels=["model"])
+        for model, number in levels.ready.items():
+            ready.add_metric([model], number)
+        yield ready
+        for name, text, gauge in _INSTANCE_GAUGES:
+            family = GaugeMetricFamily(f"hyperflexis_{name}", text, labels=["instance"])
+            for report in levels.reports:
+                family.add_metric([report.id], gauge(report))
+            yield family
+        for name, text, count in _INSTANCE_COUNTERS:
+            counter = CounterMetricFamily(f"hyperflexis_{name}", text, labels=["instance"])
+            for report in levels.reports:
+                counter.add_metric([report.id], count(report))
+            yield counter
+
+
+_Read = Callable[[InstanceReport], float]
+_INSTANCE_GAUGES: tuple[tuple[str, str, _Read], ...] = (
+    ("requests_running", "Requests that an instance computes", lambda r: r.num_running),
+    ("requests_waiting", "Requests that wait in an instance", lambda r: r.num_waiting),
+    ("kv_used_tokens", "Context tokens that an instance's running requests hold", lambda r: r.kv_used_tokens),
+)
+_INSTANCE_COUNTERS: tuple[tuple[str, str, _Read], ...] = (
+    ("iterations", "Iterations of an instance", lambda r: r.iterations),
+    ("preemptions", "Requests whose KV an instance took back", lambda r: r.preemptions),
+    ("prefix_hit_tokens", "Prompt tokens whose KV an instance found", lambda r: r.prefix_hit_tokens),
+    ("instance_prompt_tokens", "Prompt tokens that an instance computed", lambda r: r.prompt_tokens),
+    ("instance_output_tokens", "Tokens that an instance generated", lambda r: r.output_tokens),
+    ("busy_seconds", "Time that an instance spent in iterations", lambda r: r.busy_s),
+)

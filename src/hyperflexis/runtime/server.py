@@ -1,0 +1,249 @@
+"""The controller's process: links in, ``Controller.handle``, effects out.
+
+Everything that decides is in the controller; here are the clock, the sockets and the journal. One event loop, and
+``handle`` never awaits, so events have one order, which is the journal's order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, assert_never
+
+import msgspec
+
+from .. import __version__, wire
+from ..controller import Controller
+from ..core.effects import Dispatch, Effect, Reject
+from ..core.events import (
+    Event,
+    GatewayJoined,
+    GatewayLeft,
+    InstanceJoined,
+    InstanceLeft,
+    InstanceReported,
+    RequestArrived,
+    RequestFinished,
+)
+from ..core.instance import InstanceInfo, InstanceReport
+from .journal import VERSION as JOURNAL_VERSION
+from .journal import Header, Journal
+
+FLEET_PERIOD_S = 1.0
+RECOVERY_S = 1.5
+"""After a restart gateways wait so long for the instances, which try to connect at least once a second."""
+MAX_HELD = 10_000
+"""Messages of gateways kept during recovery; past that it ends early."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """``address`` to listen at, this start's ``term``, where the journal goes, the digest of the fleet file that is
+    noted in it, and how many instances a restarted controller waits for."""
+
+    address: str
+    term: int
+    journal_dir: Path
+    fleet_digest: str
+    num_instances: int = 0
+
+
+@dataclass(slots=True)
+class _Instance:
+    link: wire.Link
+    info: InstanceInfo
+    report: InstanceReport | None = None
+
+
+class Server:
+    """The peer of every link to the controller; also tells gateways and observers what is ready.
+
+    A restarted controller knows nothing until the instances have connected again. What gateways say is held until
+    all of them are back, or for ``RECOVERY_S``: else their requests would be refused for want of an instance.
+    """
+
+    def __init__(self, config: ServerConfig, controller: Controller) -> None:
+        self._config = config
+        self._controller = controller
+        self._clock = asyncio.get_running_loop().time
+        self._gateways: dict[str, wire.Link] = {}
+        self._observers: set[wire.Link] = set()
+        self._instances: dict[str, _Instance] = {}
+        # A model whose last instance left keeps its sizes, so that gateways can still check prompts. One that was
+        # never ready is not here, since its sizes are not known.
+        self._models: dict[str, wire.ModelStatus] = {}
+        self._held: list[tuple[wire.Link, Any]] | None = [] if config.term > 1 else None
+        self.journal = Journal(config.journal_dir, self.header)
+
+    def hello(self) -> wire.Hello:
+        """What is said to each peer."""
+        return wire.Hello(wire.VERSION, "controller", "controller", self._config.term)
+
+    def header(self, dropped: int) -> Header:
+        """The first line of a journal segment that begins now."""
+        return Header(
+            version=JOURNAL_VERSION,
+            hyperflexis=__version__,
+            fleet=self._config.fleet_digest,
+            term=self._config.term,
+            now=self._clock(),
+            config=msgspec.Raw(msgspec.json.encode(self._controller.config)),
+            snapshot=msgspec.msgpack.encode(self._controller.snapshot()),
+            dropped=dropped,
+        )
+
+    def link_made(self, link: wire.Link, hello: wire.Hello) -> None:
+        """wire's callback."""
+        match hello.role:
+            case "gateway" | "instance":
+                pass  # it counts from its joined message on, which says what it brings
+            case "observer":
+                self._observers.add(link)
+                for gateway in self._gateways:
+                    link.send(GatewayJoined(gateway))
+                link.send(self.fleet())
+            case role:
+                link.close(f"the controller has no business with a {role!r}")
+
+    def message_received(self, link: wire.Link, message: Any) -> None:
+        """wire's callback."""
+        assert link.remote is not None
+        sender = link.remote.id
+        if self._held is not None and link.remote.role == "gateway":
+            self._held.append((link, message))
+            if len(self._held) > MAX_HELD:
+                self.end_recovery()
+            return
+        match message:
+            case GatewayJoined(gateway=gateway) if gateway == sender:
+                old = self._gateways.get(gateway)
+                self._gateways[gateway] = link
+                if old is not None and old is not link:
+                    old.close("the gateway connected again")
+                    self._handle(GatewayLeft(gateway))
+                self._handle(message)
+                link.send(self.fleet())
+                for observer in self._observers:
+                    observer.send(GatewayJoined(gateway))
+            case RequestArrived(gateway=gateway) if self._gateways.get(gateway) is link:
+                self._handle(message)
+            case RequestFinished() if self._gateways.get(sender) is link:
+                self._handle(message)
+            case InstanceJoined(info=info) if info.id == sender:
+                self._instance_joined(link, message)
+            case InstanceReported(report=report) if self._is_current(link, report):
+                self._instances[sender].report = report
+                self._handle(message)
+            case InstanceReported():
+                pass  # of an epoch that has been replaced
+            case _:
+                link.close(f"{type(message).__name__} is not expected from {link.remote.role} {sender!r}")
+
+    def link_lost(self, link: wire.Link, reason: str) -> None:
+        """wire's callback."""
+        self._observers.discard(link)
+        assert link.remote is not None
+        sender = link.remote.id
+        if self._gateways.get(sender) is link:
+            del self._gateways[sender]
+            self._handle(GatewayLeft(sender))
+        instance = self._instances.get(sender)
+        if instance is not None and instance.link is link:
+            self._instance_left(instance, reason)
+            self.broadcast()
+
+    def _is_current(self, link: wire.Link, report: InstanceReport) -> bool:
+        instance = self._instances.get(report.id)
+        return instance is not None and instance.link is link and instance.info.epoch == report.epoch
+
+    def _instance_joined(self, link: wire.Link, message: InstanceJoined) -> None:
+        info = message.info
+        old = self._instances.get(info.id)
+        if old is not None and old.info.epoch > info.epoch:
+            link.close(f"instance {info.id} has a newer epoch, {old.info.epoch}")
+            return
+        if old is not None and old.link is not link:
+            old.link.close(f"instance {info.id} connected again")
+            self._instance_left(old, "it connected again")
+        self._instances[info.id] = _Instance(link, info)
+        self._handle(message)
+        self.broadcast()
+        if self._held is not None and len(self._instances) >= self._config.num_instances:
+            self.end_recovery()
+
+    def end_recovery(self) -> None:
+        """Take in what gateways said meanwhile."""
+        held, self._held = self._held or [], None
+        for link, message in held:
+            if not link.closed.done():
+                self.message_received(link, message)
+
+    def _instance_left(self, instance: _Instance, reason: str) -> None:
+        del self._instances[instance.info.id]
+        self._handle(InstanceLeft(instance.info.id, instance.info.epoch, reason))
+
+    def _handle(self, event: Event) -> None:
+        now = self._clock()
+        effects = self._controller.handle(event, now)
+        shadow = self._controller.shadow if isinstance(event, RequestArrived) else None
+        self.journal.append(now, event, effects, shadow)
+        for effect in effects:
+            self._run(effect)
+
+    def _run(self, effect: Effect) -> None:
+        match effect:
+            case Dispatch() | Reject():
+                # A gateway that is gone took its requests with it, and its leaving is an event of its own.
+                link = self._gateways.get(effect.gateway)
+                if link is not None:
+                    link.send(effect)
+            case _:
+                assert_never(effect)
+
+    def fleet(self) -> wire.Fleet:
+        """What is ready now."""
+        ready: dict[str, list[str]] = {name: [] for name in self._models}
+        for id, instance in sorted(self._instances.items()):
+            info = instance.info
+            ready.setdefault(info.model, []).append(id)
+            self._models[info.model] = wire.ModelStatus([], info.context_length, info.returns_token_ids)
+        models = {
+            name: wire.ModelStatus(ready[name], status.context_length, status.returns_token_ids)
+            for name, status in self._models.items()
+        }
+        return wire.Fleet(models, [i.report for i in self._instances.values() if i.report is not None])
+
+    def broadcast(self) -> None:
+        """Tell gateways and observers what is ready."""
+        message = self.fleet()
+        for link in [*self._gateways.values(), *self._observers]:
+            link.send(message)
+
+
+async def serve_controller(config: ServerConfig, controller: Controller) -> None:
+    """Run the controller until SIGTERM, SIGINT or cancellation. Raises OSError when the address is taken."""
+    loop = asyncio.get_running_loop()
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    server = Server(config, controller)
+    listener = await wire.listen(config.address, lambda: server, server.hello)
+    loop.call_later(RECOVERY_S, server.end_recovery)
+    flusher = asyncio.create_task(server.journal.run())
+    _log.info("controller of term %d listens at %s", config.term, config.address)
+    try:
+        while not stopping.is_set():
+            server.broadcast()
+            try:
+                await asyncio.wait_for(stopping.wait(), FLEET_PERIOD_S)
+            except TimeoutError:
+                continue
+    finally:
+        listener.close()
+        flusher.cancel()
+        await asyncio.gather(flusher, return_exceptions=True)
+        server.journal.close()

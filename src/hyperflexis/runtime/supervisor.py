@@ -1,0 +1,228 @@
+"""Keeps a fleet's children running: the controller, the gateways, the instances.
+
+Each child is restartable alone, and none dies with the supervisor: should ``serve`` be killed outright, the fleet
+goes on serving and the next ``serve`` finds its children in the state file. On a clean stop the gateways end first, so
+that streams can drain, then the instances, then the controller; no child is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from .. import wire
+from ..core.events import GatewayJoined
+from .restarts import Restarts
+from .state import StateFile, kill_group
+
+Role = Literal["gateway", "instance", "controller"]
+STOP_ORDER: tuple[Role, ...] = ("gateway", "instance", "controller")
+# After the gateways are gone nothing is left to finish; an instance only has to free its device.
+STOP_LIMIT_S: dict[Role, float] = {"gateway": 10.0, "instance": 10.0, "controller": 5.0}
+TAIL_LINES = 8
+_log = logging.getLogger(__name__)
+
+
+class Process(Protocol):
+    """A started child."""
+
+    pid: int
+
+    async def wait(self) -> int:
+        """Its exit status, negative for a signal."""
+
+    def signal(self, number: signal.Signals) -> None:
+        """Signal it and what it started; nothing happens when it is gone."""
+
+
+class StartProcess(Protocol):
+    """Starts a child with ``env`` on top of ours and its output in ``log``. Raises OSError."""
+
+    def __call__(self, command: Sequence[str], env: Mapping[str, str], log: Path) -> Coroutine[Any, Any, Process]:
+        """Start it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A process to keep. ``command`` is given the number minted for this launch: the term of a controller, the epoch
+    of an instance, 0 for a gateway."""
+
+    name: str
+    role: Role
+    command: Callable[[int], Sequence[str]]
+    env: Mapping[str, str]
+
+
+class Supervisor:
+    """``run`` starts children and keeps them until ``stop``; what a person should know goes to ``tell``."""
+
+    def __init__(
+        self,
+        state: StateFile,
+        log_dir: Path,
+        start: StartProcess,
+        tell: Callable[[str], None],
+        gateway_grace_s: float,
+    ) -> None:
+        self._state = state
+        self._log_dir = log_dir
+        self._start = start
+        self._tell = tell
+        self._limits = {**STOP_LIMIT_S, "gateway": gateway_grace_s + 2.0}
+        self._running: dict[str, Process] = {}
+        self._stopping = asyncio.Event()
+        self._at_once = asyncio.Event()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether ``stop`` was called."""
+        return self._stopping.is_set()
+
+    def stop(self) -> None:
+        """Stop in order; called again, kill at once."""
+        if self._stopping.is_set():
+            self._at_once.set()
+        self._stopping.set()
+
+    async def clean_up(self) -> None:
+        """End the children that a killed serve left behind, so that their sockets, ports and memory are free."""
+        left = self._state.survivors()
+        if left:
+            self._tell(f"stopping {len(left)} processes that an earlier serve left: {', '.join(left)}")
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for child in left.values():
+                kill_group(child, number)
+            # Nobody waits for these with wait(2): they were another process's children.
+            deadline = asyncio.get_running_loop().time() + 5.0
+            while self._state.survivors() and asyncio.get_running_loop().time() < deadline:
+                await asyncio.sleep(0.05)
+        self._state.state.children.clear()
+        self._state.save()
+
+    async def run(self, children: Sequence[Child]) -> None:
+        """Returns when all children have ended after ``stop``; leaves none behind however it ends."""
+        tasks = {child.name: asyncio.create_task(self._keep(child)) for child in children}
+        try:
+            stopped = asyncio.create_task(self._stopping.wait())
+            await asyncio.wait([stopped, *tasks.values()], return_when=asyncio.FIRST_COMPLETED)
+            stopped.cancel()
+            self._stopping.set()  # also when one of the tasks failed: then the rest is stopped and it raises below
+            for role in STOP_ORDER:
+                await self._stop_role(role, {c.name: tasks[c.name] for c in children if c.role == role})
+            await asyncio.gather(*tasks.values())
+        finally:
+            for process in self._running.values():
+                process.signal(signal.SIGKILL)
+            for task in tasks.values():
+                task.cancel()
+            await asyncio.gather(*tasks.values(), return_exceptions=True)
+
+    async def _stop_role(self, role: Role, tasks: Mapping[str, asyncio.Task[None]]) -> None:
+        first = signal.SIGKILL if self._at_once.is_set() else signal.SIGTERM
+        self._signal(tasks, first)
+        ended = asyncio.gather(*tasks.values(), return_exceptions=True)
+        at_once = asyncio.create_task(self._at_once.wait())
+        either: list[asyncio.Future[Any]] = [ended, at_once]
+        await asyncio.wait(either, timeout=self._limits[role], return_when=asyncio.FIRST_COMPLETED)
+        at_once.cancel()
+        for name in self._signal(tasks, signal.SIGKILL):
+            self._tell(f"{name} was killed, as it had not ended")
+        await ended
+
+    def _signal(self, names: Iterable[str], number: signal.Signals) -> list[str]:
+        """Signal those that run, and return their names."""
+        running = [name for name in names if name in self._running]
+        for name in running:
+            self._running[name].signal(number)
+        return running
+
+    async def _keep(self, child: Child) -> None:
+        clock = asyncio.get_running_loop().time
+        restarts = Restarts()
+        log = self._log_dir / f"{child.name}.log"
+        while not self._stopping.is_set():
+            began = clock()
+            ended = await self._run_once(child, log)
+            if self._stopping.is_set():
+                return
+            verdict = restarts.died(clock(), clock() - began)
+            if verdict.loop_began:
+                self._tell(
+                    f"{child.name} is in a crash loop ({ended}); it is tried every {verdict.delay_s:.0f} s. "
+                    f"The end of {log}:\n{tail(log)}"
+                )
+            elif not verdict.in_loop:
+                self._tell(f"{child.name} {ended}; restart in {verdict.delay_s:g} s ({log})\n{tail(log)}".rstrip())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), verdict.delay_s)
+
+    async def _run_once(self, child: Child, log: Path) -> str:
+        """Start the child and wait for its end, which is returned in words."""
+        number = self._mint(child)
+        try:
+            process = await self._start(child.command(number), child.env, log)
+        except OSError as error:
+            return f"could not be started: {error}"
+        self._running[child.name] = process
+        self._state.record(child.name, process.pid, number)
+        if self._stopping.is_set():
+            process.signal(signal.SIGTERM)  # the stop came while it was being started and did not see it
+        try:
+            code = await process.wait()
+        finally:
+            del self._running[child.name]
+            self._state.forget(child.name)
+        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+
+    def _mint(self, child: Child) -> int:
+        match child.role:
+            case "controller":
+                return self._state.mint_term()
+            case "instance":
+                return self._state.mint_epoch(child.name)
+            case "gateway":
+                return 0
+
+
+def tail(log: Path, lines: int = TAIL_LINES) -> str:
+    """The last lines of a log, indented; empty when there are none."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(log.stat().st_size - 8192, 0))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""
+    return "\n".join(f"    {line}" for line in text.rstrip().splitlines()[-lines:])
+
+
+FleetNews = wire.Fleet | GatewayJoined
+
+
+class FleetObserver:
+    """A link to the controller that only listens: ``changed`` is called with what it is told."""
+
+    def __init__(self, changed: Callable[[FleetNews], None]) -> None:
+        self._changed = changed
+
+    def link_made(self, link: wire.Link, hello: wire.Hello) -> None:
+        """wire's callback."""
+
+    def message_received(self, link: wire.Link, message: Any) -> None:
+        """wire's callback."""
+        if isinstance(message, wire.Fleet | GatewayJoined):
+            self._changed(message)
+
+    def link_lost(self, link: wire.Link, reason: str) -> None:
+        """wire's callback."""
+
+
+async def observe_fleet(controller: str, changed: Callable[[FleetNews], None]) -> None:
+    """Follow the controller at that address over its restarts, until cancelled."""
+    hello = wire.Hello(wire.VERSION, "observer", "serve")
+    await wire.keep_connected(controller, FleetObserver(changed), lambda: hello)

@@ -1,0 +1,301 @@
+"""`hyperflexis serve`: checks a fleet, builds its children's command lines, and keeps a person informed.
+
+Here the values of the fleet file become those of the parts: what each child is told is built in this module and
+nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import assert_never
+
+from . import __version__, preflight, wire
+from .config import Fleet, Model, OpenAIArgs, Section, read_api_keys
+from .controller import ControllerConfig
+from .core.events import GatewayJoined
+from .core.slo import Slo, SloClass
+from .errors import ConfigError, HyperFlexisError
+from .gateway.config import GatewayConfig, Limits, Tenant
+from .launch.local import instance_command, own_command, start_process
+from .launch.static import endpoint_command
+from .policy.catalog import POLICIES
+from .runtime.server import ServerConfig
+from .runtime.state import Lock, StateFile, socket_dir
+from .runtime.supervisor import Child, Supervisor, observe_fleet
+
+READY_POLL_S = 0.05
+WAIT_NOTICE_S = 15.0
+
+
+def fleet_file(state_dir: Path) -> Path:
+    """The resolved fleet, as the children read it."""
+    return state_dir / "fleet.json"
+
+
+def load_resolved(state_dir: Path) -> Fleet:
+    """The fleet that ``serve`` resolved. Raises HyperFlexisError when none is there."""
+    try:
+        return Fleet.model_validate_json(fleet_file(state_dir).read_bytes())
+    except FileNotFoundError as error:
+        raise HyperFlexisError(f"{state_dir} has no fleet.json: it is written by hyperflexis serve") from error
+
+
+def controller_address(state_dir: Path) -> str:
+    """Where the fleet's controller listens."""
+    return f"unix:{socket_dir(state_dir) / 'controller.sock'}"
+
+
+def server_config(fleet: Fleet, state_dir: Path, term: int) -> tuple[ServerConfig, ControllerConfig]:
+    """What the controller's process is told."""
+    models = tuple(fleet.models)
+    instances = sum(model.num_instances for model in fleet.models.values())
+    server = ServerConfig(controller_address(state_dir), term, state_dir / "journal", fleet.digest(), instances)
+    return server, ControllerConfig(models, fleet.policy, fleet.observe, fleet.limits.max_backlog_s)
+
+
+def gateway_config(fleet: Fleet, state_dir: Path, index: int) -> GatewayConfig:
+    """What one gateway's process is told."""
+    host, port = fleet.host_port
+    limits = fleet.limits
+    tenants = []
+    for name, tenant in fleet.tenants.items():
+        allowed = None if tenant.allowed_classes is None else frozenset(tenant.allowed_classes)
+        floor = _slo(tenant.floor.ttft_ms, tenant.floor.tpot_ms, tenant.floor.e2e_ms)
+        tenants.append(Tenant(name, tenant.weight, tenant.default_class, allowed, floor))
+    keys = read_api_keys(Path(fleet.api_keys_file)) if fleet.api_keys_file is not None else {}
+    # A tenant of the key file that the fleet file does not mention has no restrictions.
+    tenants += [Tenant(name) for name in sorted(set(keys.values()) - set(fleet.tenants))]
+    return GatewayConfig(
+        id=f"gateway-{index}",
+        controller=controller_address(state_dir),
+        models={name: _tokenizer(model) for name, model in fleet.models.items()},
+        host=host,
+        port=port,
+        classes=tuple(
+            SloClass(c.name, _slo(c.ttft_ms, c.tpot_ms, c.e2e_ms), c.priority, c.target) for c in fleet.classes
+        ),
+        default_class=fleet.default_class or fleet.classes[0].name,
+        service_tiers=fleet.tiers,
+        tenants=tuple(tenants),
+        api_keys=keys,
+        reuse_port=fleet.gateways > 1,
+        limits=Limits(
+            max_body_bytes=int(limits.max_body_mb * (1 << 20)),
+            max_open_requests=limits.max_open_requests,
+            max_waiting_requests=limits.max_waiting_requests,
+            max_connections=limits.max_connections,
+            request_timeout_s=limits.request_timeout_s,
+            idle_timeout_s=limits.idle_timeout_s,
+            stall_timeout_s=limits.stall_timeout_s,
+            shutdown_grace_s=limits.shutdown_grace_s,
+        ),
+    )
+
+
+def _tokenizer(model: Model) -> Path | None:
+    args = model.engine_args()
+    takes_text = isinstance(args, OpenAIArgs) and not args.token_ids
+    return None if model.path is None or takes_text else Path(model.path)
+
+
+def _slo(ttft_ms: float | None, tpot_ms: float | None, e2e_ms: float | None) -> Slo:
+    ttft_s, tpot_s, e2e_s = (None if ms is None else ms / 1e3 for ms in (ttft_ms, tpot_ms, e2e_ms))
+    return Slo(ttft_s, tpot_s, e2e_s)
+
+
+def children(fleet: Fleet, state_dir: Path) -> list[Child]:
+    """All processes of the fleet. Raises ConfigError when two would have one name."""
+    found = [Child("controller", "controller", lambda term: own_command("_controller", str(state_dir), str(term)), {})]
+    sockets, controller = socket_dir(state_dir), controller_address(state_dir)
+    # While observing, requests go round robin, as to the engines that observing stands in front of.
+    step = POLICIES["round_robin" if fleet.observe else fleet.policy].step
+    for name, model in fleet.models.items():
+        for index in range(model.num_instances):
+            id = f"{name.replace('/', '-')}-{index}"
+            listen = f"unix:{sockets / f'instance-{len(found)}.sock'}"
+            command = _instance(model, index, id, name, listen, controller, step)
+            found.append(Child(id, "instance", command, model.env))
+    for index in range(fleet.gateways):
+        found.append(Child(f"gateway-{index}", "gateway", _gateway(state_dir, index), {}))
+    names = [child.name for child in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two processes of the fleet would be named {name!r}: rename a model")
+    return found
+
+
+def _gateway(state_dir: Path, index: int) -> Callable[[int], Sequence[str]]:
+    return lambda _: own_command("_gateway", str(state_dir), str(index))
+
+
+def _instance(
+    model: Model, index: int, id: str, name: str, listen: str, controller: str, step: str
+) -> Callable[[int], Sequence[str]]:
+    options = list(_options(model.engine_args()))
+    if model.path is not None and model.engine == "torch":
+        options += ["--model", model.path]
+    if model.profile is not None:
+        options += ["--profile", model.profile]
+    if model.endpoints is None:
+        return lambda epoch: instance_command(id, epoch, name, model.engine, listen, controller, step, options)
+    if model.api_key_env is not None:
+        options += ["--api-key-env", model.api_key_env]
+    url = model.endpoints[index]
+    return lambda epoch: endpoint_command(id, epoch, name, url, listen, controller, step, options)
+
+
+def _options(args: Section) -> Iterator[str]:
+    for key, value in args.model_dump(exclude_none=True).items():
+        yield f"--{key.replace('_', '-')}={value}"
+
+
+def tell(text: str) -> None:
+    """One notice on the terminal, with the time of day."""
+    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+
+
+class Terminal:
+    """Lines for the person who started the fleet: what is up, what went wrong, and once, how to use it."""
+
+    def __init__(self, fleet: Fleet, state_dir: Path, processes: Iterable[Child]) -> None:
+        host, port = fleet.host_port
+        self._fleet = fleet
+        self._state_dir = state_dir
+        self._url = f"http://{_in_url(_reachable(host))}:{port}"
+        self._expected = {process.name for process in processes if process.role != "controller"}
+        self._gateways: set[str] = set()
+        self._ready: set[str] = set()
+        self.stopping = False
+        self.all_ready = asyncio.Event()
+        self._began = time.monotonic()
+
+    def begin(self) -> None:
+        """The first lines."""
+        mode = ", observing: requests go round robin" if self._fleet.observe else ""
+        print(f"HyperFlexis {__version__}, policy {self._fleet.policy}{mode}", flush=True)
+        for name, model in self._fleet.models.items():
+            where = model.endpoints or [model.path or model.profile or ""]
+            print(f"  {model.num_instances} x {name} ({model.engine}: {', '.join(where)})", flush=True)
+        print(f"  logs, state and journal: {self._state_dir}", flush=True)
+
+    def changed(self, message: wire.Fleet | GatewayJoined) -> None:
+        """Tell which instances became ready and which are gone."""
+        if self.stopping:
+            return
+        match message:
+            case GatewayJoined():
+                self._gateways.add(message.gateway)
+            case wire.Fleet():
+                ready = {id for model in message.models.values() for id in model.ready}
+                for id in sorted(ready - self._ready):
+                    tell(f"{id} is ready")
+                for id in sorted(self._ready - ready):
+                    tell(f"{id} is not ready any more")
+                self._ready = ready
+            case _:
+                assert_never(message)
+        if self._expected <= self._ready | self._gateways:
+            self.all_ready.set()
+
+    async def wait_ready(self) -> None:
+        """Print how to use the fleet as soon as a client could."""
+        while not self.all_ready.is_set():
+            try:
+                await asyncio.wait_for(self.all_ready.wait(), WAIT_NOTICE_S)
+            except TimeoutError:
+                missing = ", ".join(sorted(self._expected - self._ready - self._gateways))
+                tell(f"waiting for {missing} (logs in {self._state_dir / 'logs'})")
+        while not await _answers_ready(self._fleet.host_port):
+            await asyncio.sleep(READY_POLL_S)
+        name = next(iter(self._fleet.models))
+        tell(f"ready after {time.monotonic() - self._began:.1f} s at {self._url}; Ctrl-C stops it. Try:")
+        body = f'{{"model": "{name}", "prompt": "Hello", "max_tokens": 16, "stream": true}}'
+        key = " -H 'authorization: Bearer KEY'" if self._fleet.api_keys_file is not None else ""
+        print(f"  curl -N {self._url}/v1/completions -H 'content-type: application/json'{key} -d '{body}'", flush=True)
+
+
+async def _answers_ready(host_port: tuple[str, int]) -> bool:
+    host, port = host_port
+    try:
+        reader, writer = await asyncio.open_connection(_reachable(host), port)
+    except OSError:
+        return False
+    try:
+        writer.write(b"GET /ready HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+        status = await asyncio.wait_for(reader.readline(), 2.0)
+        return b" 200 " in status
+    except (OSError, TimeoutError):
+        return False
+    finally:
+        writer.close()
+
+
+def _reachable(host: str) -> str:
+    """An address to reach a listener at ``host`` by."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+async def serve(fleet: Fleet) -> None:
+    """Run the fleet until SIGINT, SIGTERM or SIGHUP. Raises HyperFlexisError when it cannot be started."""
+    assert fleet.state_dir is not None
+    state_dir = Path(fleet.state_dir)
+    preflight.check_models(fleet)
+    if fleet.api_keys_file is not None:
+        read_api_keys(Path(fleet.api_keys_file))
+        warning = preflight.key_file_warning(Path(fleet.api_keys_file))
+        if warning is not None:
+            print(warning, file=sys.stderr, flush=True)
+    # Prompts pass through the sockets in there: for this user alone.
+    state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with Lock(state_dir):
+        state = StateFile(state_dir)
+        supervisor = Supervisor(state, state_dir / "logs", start_process, tell, fleet.limits.shutdown_grace_s)
+        await supervisor.clean_up()
+        host, port = fleet.host_port
+        port = preflight.find_port(host, port)
+        preflight.check_memory(fleet, preflight.available_memory())
+        fleet = fleet.model_copy(update={"listen": f"{fleet.listen.rpartition(':')[0]}:{port}"})
+        fleet_file(state_dir).write_text(fleet.model_dump_json(indent=1, exclude_unset=True))
+        gateway_config(fleet, state_dir, 0)  # what is wrong with it is said here and not in a child's log
+        processes = children(fleet, state_dir)
+        terminal = Terminal(fleet, state_dir, processes)
+        state.record_serve(fleet.listen)
+        terminal.begin()
+        await _supervise(supervisor, processes, terminal, controller_address(state_dir))
+        shutil.rmtree(socket_dir(state_dir), ignore_errors=True)
+        state.forget_serve()
+
+
+async def _supervise(supervisor: Supervisor, fleet: Sequence[Child], terminal: Terminal, controller: str) -> None:
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        tell("killing all processes" if supervisor.stopping else "stopping; once more to kill at once")
+        terminal.stopping = True
+        supervisor.stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, stop)
+    watchers = [
+        asyncio.create_task(observe_fleet(controller, terminal.changed)),
+        asyncio.create_task(terminal.wait_ready()),
+    ]
+    try:
+        await supervisor.run(fleet)
+    finally:
+        for watcher in watchers:
+            watcher.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(*watchers, return_exceptions=True)
+    tell("stopped")

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from tests.unit.runtime.support import arrival, info, join, report
+
+from hyperflexis import wire
+from hyperflexis.controller import Controller, ControllerConfig
+from hyperflexis.core.effects import Dispatch, Reject
+from hyperflexis.core.events import GatewayJoined, InstanceJoined, InstanceReported
+from hyperflexis.runtime.server import Server, ServerConfig
+
+
+@contextlib.asynccontextmanager
+async def listening(directory: Path, term: int, num_instances: int) -> AsyncIterator[tuple[str, Server]]:
+    where = f"unix:{directory}/c.sock"
+    config = ServerConfig(where, term, directory / "journal", "digest", num_instances)
+    server = Server(config, Controller(ControllerConfig(("tiny",), "least_loaded")))
+    listener = await wire.listen(where, lambda: server, server.hello)
+    yield where, server
+    listener.close()
+    server.journal.close()
+
+
+@pytest.fixture
+async def address(tmp_path: Path) -> AsyncIterator[str]:
+    async with listening(tmp_path, term=1, num_instances=1) as (where, _):
+        yield where
+
+
+def has_ready(*ids: str) -> object:
+    return lambda fleet: "tiny" in fleet.models and fleet.models["tiny"].ready == list(ids)
+
+
+async def test_a_request_goes_from_gateway_to_instance_and_back(address: str) -> None:
+    gateway, heard = await join(address, "gateway", "g")
+    assert heard.made.result().term == 1
+    gateway.send(GatewayJoined("g"))
+    assert (await heard.get(wire.Fleet)).models == {}, "its sizes are not known yet"
+    instance, _ = await join(address, "instance", "i")
+    instance.send(InstanceJoined(info("i")))
+    fleet = await heard.get(wire.Fleet, has_ready("i"))
+    assert fleet.models["tiny"].context_length == 4096
+    gateway.send(arrival("r"))
+    dispatch = await heard.get(Dispatch)
+    assert (dispatch.request_id, dispatch.instance, dispatch.address) == ("r", "i", "unix:/i")
+
+
+async def test_gateways_hear_when_an_instance_is_lost_and_keep_its_sizes(address: str) -> None:
+    gateway, heard = await join(address, "gateway", "g")
+    gateway.send(GatewayJoined("g"))
+    instance, _ = await join(address, "instance", "i")
+    instance.send(InstanceJoined(info("i")))
+    await heard.get(wire.Fleet, has_ready("i"))
+    instance.close()
+    fleet = await heard.get(wire.Fleet, has_ready())
+    assert fleet.models["tiny"].context_length == 4096
+    gateway.send(arrival("r"))
+    assert (await heard.get(Reject)).reason == "no_instance_ready"
+
+
+async def test_a_newer_epoch_replaces_and_an_older_is_refused(address: str) -> None:
+    old, old_heard = await join(address, "instance", "i")
+    old.send(InstanceJoined(info("i", epoch=1)))
+    new, _ = await join(address, "instance", "i")
+    new.send(InstanceJoined(info("i", epoch=2)))
+    async with asyncio.timeout(5):
+        await old_heard.lost
+    new.send(InstanceReported(report("i", epoch=2, iterations=5)))
+    stale, stale_heard = await join(address, "instance", "i")
+    stale.send(InstanceJoined(info("i", epoch=1)))
+    async with asyncio.timeout(5):
+        await stale_heard.lost
+    # Whatever link ended, the instance of epoch 2 is still there.
+    _, seen = await join(address, "observer", "probe")
+    fleet = await seen.get(wire.Fleet)
+    assert fleet.models["tiny"].ready == ["i"]
+    assert [r.iterations for r in fleet.reports] == [5]
+
+
+async def test_reports_of_a_replaced_epoch_are_dropped(address: str) -> None:
+    instance, _ = await join(address, "instance", "i")
+    instance.send(InstanceJoined(info("i", epoch=2)))
+    instance.send(InstanceReported(report("i", epoch=1, iterations=99)))
+    instance.send(InstanceReported(report("i", epoch=2, iterations=1)))
+    instance.send(InstanceReported(report("i", epoch=1, iterations=98)))
+    gateway, heard = await join(address, "gateway", "g")
+    gateway.send(GatewayJoined("g"))
+    fleet = await heard.get(wire.Fleet, lambda f: f.reports)
+    assert fleet.reports[0].iterations == 1
+
+
+@pytest.mark.parametrize(
+    ("role", "message"),
+    [
+        ("gateway", GatewayJoined("somebody else")),
+        ("gateway", arrival("r", gateway="not joined")),
+        ("instance", InstanceJoined(info("somebody else"))),
+        ("instance", wire.Cancel(1)),
+    ],
+)
+async def test_a_peer_that_says_what_is_not_its_to_say_is_cut(address: str, role: str, message: object) -> None:
+    link, heard = await join(address, role, "x")
+    link.send(message)
+    async with asyncio.timeout(5):
+        await heard.lost
+
+
+async def test_a_peer_of_unknown_role_is_cut(address: str) -> None:
+    _, heard = await join(address, "stranger", "x")
+    async with asyncio.timeout(5):
+        await heard.lost
+
+
+async def test_a_gateway_that_connects_again_replaces_itself(address: str) -> None:
+    first, first_heard = await join(address, "gateway", "g")
+    first.send(GatewayJoined("g"))
+    instance, _ = await join(address, "instance", "i")
+    instance.send(InstanceJoined(info("i")))
+    await first_heard.get(wire.Fleet, has_ready("i"))
+    second, second_heard = await join(address, "gateway", "g")
+    second.send(GatewayJoined("g"))
+    async with asyncio.timeout(5):
+        await first_heard.lost
+    second.send(arrival("r"))
+    assert (await second_heard.get(Dispatch)).request_id == "r"
+
+
+async def test_an_observer_hears_of_gateways_before_and_after_it_came(address: str) -> None:
+    first, first_heard = await join(address, "gateway", "g1")
+    first.send(GatewayJoined("g1"))
+    await first_heard.get(wire.Fleet)
+    _, seen = await join(address, "observer", "o")
+    second, _ = await join(address, "gateway", "g2")
+    second.send(GatewayJoined("g2"))
+    assert [(await seen.get(GatewayJoined)).gateway for _ in range(2)] == ["g1", "g2"]
+
+
+async def test_a_restarted_controller_answers_gateways_once_the_instances_are_back(tmp_path: Path) -> None:
+    async with listening(tmp_path, term=2, num_instances=2) as (address, _):
+        gateway, heard = await join(address, "gateway", "g")
+        gateway.send(GatewayJoined("g"))
+        gateway.send(arrival("r"))
+        for name in ("a", "b"):
+            instance, _ = await join(address, "instance", name)
+            instance.send(InstanceJoined(info(name)))
+        fleet = await heard.get(wire.Fleet)
+        assert fleet.models["tiny"].ready == ["a", "b"], "no word of a fleet that is not whole yet"
+        assert (await heard.get(Dispatch | Reject)).request_id == "r"
+
+
+async def test_recovery_ends_without_an_instance_that_does_not_come_back(tmp_path: Path) -> None:
+    async with listening(tmp_path, term=2, num_instances=2) as (address, server):
+        gateway, heard = await join(address, "gateway", "g")
+        gateway.send(GatewayJoined("g"))
+        gateway.send(arrival("r"))
+        instance, _ = await join(address, "instance", "a")
+        instance.send(InstanceJoined(info("a")))
+        _, seen = await join(address, "observer", "o")
+        await seen.get(wire.Fleet, has_ready("a"))
+        assert heard.messages.empty()
+        server.end_recovery()
+        assert (await heard.get(Dispatch)).instance == "a"

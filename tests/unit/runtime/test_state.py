@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from hyperflexis.errors import HyperFlexisError
+from hyperflexis.runtime.state import MAX_SOCKET_PATH, Lock, StateFile, identify, is_alive, kill_group, socket_dir
+
+
+@pytest.fixture
+def child() -> subprocess.Popen[bytes]:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True) as process:
+        yield process
+        process.kill()
+
+
+def test_terms_and_epochs_only_grow_over_restarts(tmp_path: Path) -> None:
+    first = StateFile(tmp_path)
+    assert [first.mint_term(), first.mint_term()] == [1, 2]
+    assert [first.mint_epoch("a"), first.mint_epoch("b"), first.mint_epoch("a")] == [1, 1, 2]
+    second = StateFile(tmp_path)
+    assert (second.mint_term(), second.mint_epoch("a")) == (3, 3)
+
+
+def test_what_an_earlier_serve_left_is_found_and_can_be_ended(tmp_path: Path, child: subprocess.Popen[bytes]) -> None:
+    StateFile(tmp_path).record("a", child.pid, 7)
+    later = StateFile(tmp_path)
+    assert later.survivors()["a"].number == 7
+    kill_group(later.survivors()["a"], signal.SIGKILL)
+    child.wait(10)
+    assert later.survivors() == {}
+
+
+def test_a_later_process_of_the_same_pid_is_not_taken_for_the_child(child: subprocess.Popen[bytes]) -> None:
+    real = identify(child.pid, 1)
+    assert is_alive(real)
+    for other in (msgspec.structs.replace(real, started="0"), msgspec.structs.replace(real, boot_id="another boot")):
+        assert not is_alive(other)
+        kill_group(other, signal.SIGKILL)
+    assert child.poll() is None
+
+
+def test_a_process_that_ended_but_was_not_waited_for_is_not_alive() -> None:
+    with subprocess.Popen([sys.executable, "-c", "pass"], stdout=subprocess.PIPE) as process:
+        seen = identify(process.pid, 1)
+        assert process.stdout is not None
+        process.stdout.read()  # until it ends; it stays a zombie until wait()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert not is_alive(seen)
+
+
+def test_a_second_lock_is_refused_with_the_pid_and_the_remedy(tmp_path: Path) -> None:
+    lock = Lock(tmp_path)
+    with Lock(tmp_path), pytest.raises(HyperFlexisError, match=rf"process {os.getpid()} .*state_dir"):
+        lock.__enter__()
+    with Lock(tmp_path):
+        pass  # free again
+
+
+def test_a_damaged_state_file_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text("{")
+    with pytest.raises(HyperFlexisError, match=r"state\.json.*remove"):
+        StateFile(tmp_path)
+    (tmp_path / "state.json").write_text('{"version": 99}')
+    with pytest.raises(HyperFlexisError, match="version 99"):
+        StateFile(tmp_path)
+
+
+def test_sockets_of_a_deep_state_dir_have_short_paths(tmp_path: Path) -> None:
+    deep = tmp_path / ("x" * 100)
+    assert socket_dir(deep) == socket_dir(deep) != socket_dir(tmp_path / ("y" * 100))
+    for path in (socket_dir(deep), socket_dir(tmp_path / ("y" * 100))):
+        assert len(os.fsencode(path)) < MAX_SOCKET_PATH - 20
+        assert path.stat().st_mode & 0o077 == 0
+        path.rmdir()

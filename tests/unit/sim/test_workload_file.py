@@ -1,0 +1,155 @@
+"""Reading workload files: what they say, and what is said about their mistakes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hyperflexis.core.slo import Slo
+from hyperflexis.errors import ConfigError
+from hyperflexis.sim.workload import (
+    LogNormal,
+    Phase,
+    RateArrivals,
+    StatisticalLengths,
+    TableLengths,
+    TraceArrivals,
+    generate,
+)
+from hyperflexis.sim.workload_file import parse_workload
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+FILES = {
+    "trace.csv": "t,prompt_tokens,output_tokens,hash_ids,session,other\n5,10,0,1 2,a,x\n3,20,7,,b,y\n",
+    "lengths.csv": "prompt_tokens,output_tokens\n100,10\n",
+    "bad.csv": "t,prompt_tokens,output_tokens\n0,1,2\n1,x,2\n",
+    "headless.csv": "a,b\n1,2\n",
+    "empty.csv": "t,prompt_tokens,output_tokens\n",
+    "still.csv": "t,prompt_tokens,output_tokens\n1,1,1\n1,2,2\n",
+}
+
+
+def read(name: str) -> str:
+    if name not in FILES:
+        raise FileNotFoundError(2, "No such file or directory", name)
+    return FILES[name]
+
+
+def test_a_whole_file() -> None:
+    w = parse_workload(
+        """
+seed: 7
+duration_s: 300
+max_context: 8192
+arrivals: {trace: trace.csv, start_s: 1, rate_scale: 2.0, copies: 2, jitter_s: 0.5}
+classes:
+  - {name: chat, share: 0.4, ttft_ms: 1000, tpot_ms: 50, priority: 2, lengths: lengths.csv}
+  - {name: batch, share: 0.6, e2e_ms: 60000}
+  - name: own
+    arrivals: {steps: [[0, 5], [60, 40]], cv: 2}
+    tenant: acme
+    model: big
+    lengths: {prompt: {lognormal: {median: 100, sigma: 0.5, min: 3, max: 900}}, output: 12}
+phases: [{at_s: 150, shares: {chat: 0.1, batch: 0.6}}]
+""",
+        "dir/w.yaml",
+        read,
+    )
+    assert (w.name, w.seed, w.duration_s, w.max_context) == ("w.yaml", 7, 300.0, 8192)
+    assert isinstance(w.arrivals, TraceArrivals)
+    assert [(r.t, r.num_prompt_tokens, r.num_output_tokens, r.hash_ids, r.session) for r in w.arrivals.rows] == [
+        (0.0, 20, 7, (), "b"),
+        (2.0, 10, 1, (1, 2), "a"),
+    ]
+    assert (w.arrivals.start_s, w.arrivals.rate_scale, w.arrivals.copies, w.arrivals.jitter_s) == (1.0, 2.0, 2, 0.5)
+    chat, batch, own = w.classes
+    assert chat.slo == Slo(1.0, 0.05) and chat.priority == 2.0 and isinstance(chat.lengths, TableLengths)
+    assert batch.slo == Slo(e2e_s=60.0) and batch.lengths is None and batch.share == 0.6
+    assert own.arrivals == RateArrivals(((0.0, 5.0), (60.0, 40.0)), 2.0)
+    assert own.lengths == StatisticalLengths(LogNormal(100.0, 0.5, 3, 900), LogNormal(12, 0.0, 12, 12))
+    assert (own.tenant, own.model) == ("acme", "big")
+    assert w.phases == (Phase(150.0, (("chat", 0.1), ("batch", 0.6))),)
+    assert generate(w)
+
+
+GOOD = "duration_s: 10\narrivals: {rate_rps: 5}\nclasses:\n  - {name: a, share: 1, lengths: lengths.csv}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "w.yaml: the file is empty"),
+        ("a: [", "w.yaml:1: not YAML"),
+        ("- 1", "w.yaml:1: must be a mapping"),
+        (GOOD + "max_contxt: 5\n", "w.yaml:5: max_contxt: unknown key; did you mean 'max_context'"),
+        (GOOD + "zzz: 5\n", "w.yaml:5: zzz: unknown key; known keys: seed, duration_s"),
+        (GOOD + "seed: 1\nseed: 2\n", "w.yaml:6: seed: given twice"),
+        (GOOD + "seed: 1.5\n", "w.yaml:5: seed: must be a whole number, not 1.5"),
+        (GOOD + "max_context: 1\n", "w.yaml:5: max_context: must be a number of at least 2"),
+        (GOOD.replace("duration_s: 10", "duration_s: -1"), "w.yaml:1: duration_s: must be a number above 0"),
+        (GOOD.replace("duration_s: 10", "duration_s: .nan"), "w.yaml:1: duration_s: must be a number above 0"),
+        (GOOD.replace("duration_s: 10", "duration_s: [1]"), "duration_s: .* not a list or mapping"),
+        (GOOD.replace("duration_s: 10\n", ""), "'duration_s' is missing"),
+        (GOOD.replace("arrivals: {rate_rps: 5}", ""), "class 'a' has no arrivals"),
+        (GOOD.replace("rate_rps: 5", "rate_rps: 0"), "w.yaml:2: arrivals.rate_rps: must be a number above 0"),
+        (GOOD.replace("rate_rps: 5", "rate_rps: 5, steps: [[0, 1]]"), "exactly one of"),
+        (GOOD.replace("rate_rps: 5", "rate_rps: 5, copies: 2"), "arrivals.copies: has no meaning with rate_rps"),
+        (GOOD.replace("rate_rps: 5", "trace: trace.csv, cv: 2"), "arrivals.cv: has no meaning with trace"),
+        (GOOD.replace("rate_rps: 5", "trace: trace.csv, copies: 2"), "set jitter_s above 0"),
+        (GOOD.replace("rate_rps: 5", "trace: trace.csv, start_s: 9"), "past the end of the trace"),
+        (
+            GOOD.replace("rate_rps: 5", "trace: none.csv"),
+            "w.yaml:2: arrivals.trace: cannot read none.csv: No such file",
+        ),
+        (GOOD.replace("rate_rps: 5", "trace: still.csv"), "two rows at different times"),
+        (GOOD.replace("rate_rps: 5", "trace: bad.csv"), "bad.csv:3: .*'x'.*every row needs numbers"),
+        (GOOD.replace("rate_rps: 5", "trace: empty.csv"), "empty.csv: no rows"),
+        (GOOD.replace("rate_rps: 5", "trace: lengths.csv"), "lengths.csv:1: column 't' is missing"),
+        (GOOD.replace("lengths.csv", "headless.csv"), "headless.csv:1: column 'prompt_tokens' is missing"),
+        (GOOD.replace("rate_rps: 5", "steps: [[1, 5]]"), "first step must start at second 0"),
+        (GOOD.replace("rate_rps: 5", "steps: [[0, 5], [0, 6]]"), "start after the step before"),
+        (GOOD.replace("rate_rps: 5", "steps: [[0, 5, 6]]"), "must be \\[from second"),
+        (GOOD.replace(", lengths: lengths.csv", ""), "w.yaml:4: classes\\[0\\]: 'lengths' is missing"),
+        (GOOD.replace("share: 1, ", ""), "w.yaml:4: classes\\[0\\]: 'share' is missing"),
+        (GOOD.replace("share: 1", "share: 0"), "all shares are 0"),
+        (GOOD.replace("name: a", "name: ''"), "classes\\[0\\].name: must be a text"),
+        (
+            GOOD.replace("share: 1", "share: 1, ttft_ms: -5"),
+            "classes\\[0\\].ttft_ms: must be a number above 0.*not '-5'",
+        ),
+        (GOOD.replace("share: 1", "share: 1, prioritty: 5"), "did you mean 'priority'"),
+        (GOOD.replace("share: 1", "share: 1, arrivals: {rate_rps: 1}"), "takes no share"),
+        (
+            GOOD + "  - {name: a, share: 1, lengths: lengths.csv}\n",
+            "w.yaml:5: classes\\[1\\]: a second class named 'a'",
+        ),
+        (GOOD.replace("lengths.csv", "{prompt: 5}"), "lengths: 'output' is missing"),
+        (GOOD.replace("lengths.csv", "{prompt: {normal: {}}, output: 5}"), "lengths.prompt.normal: unknown key"),
+        (
+            GOOD.replace("lengths.csv", "{prompt: {lognormal: {median: 5, sigma: 1, min: 9, max: 8}}, output: 5}"),
+            "lognormal.max: is below min",
+        ),
+        (GOOD + "phases: [{at_s: 5, shares: {b: 1}}]\n", "phases\\[0\\].shares.b: no class of that name"),
+        (GOOD + "phases: [{at_s: 5, shares: {a: 0}}]\n", "all shares are 0 from second 5"),
+        (GOOD + "phases: [{at_s: 5, shares: {a: 1}}, {at_s: 4, shares: {a: 1}}]\n", "sort them"),
+        (
+            GOOD.replace("share: 1", "arrivals: {rate_rps: 1}"),
+            "w.yaml:2: arrivals: every class has its own",
+        ),
+    ],
+)
+def test_mistakes_are_named_with_line_field_and_remedy(text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse_workload(text, "w.yaml", read)
+
+
+@pytest.mark.parametrize("name", ["demo.yaml", "mixed.yaml", "azure.yaml", "azure_replay.yaml"])
+def test_shipped_examples_are_good(name: str) -> None:
+    w = parse_workload((EXAMPLES / name).read_text(), name, lambda file: (EXAMPLES / file).read_text())
+    found = generate(w)
+    assert len(found) > 100
+    assert {a.slo_class for a in found} == {c.name for c in w.classes}
+    assert w.max_context is not None
+    assert all(a.num_prompt_tokens + a.num_output_tokens <= w.max_context for a in found)
+    assert all(c.slo != Slo() for c in w.classes)

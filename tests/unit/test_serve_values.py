@@ -1,0 +1,89 @@
+"""What the fleet file says reaches the parts unchanged, in their units."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hyperflexis import serve
+from hyperflexis.config import Fleet, read_fleet
+from hyperflexis.core.slo import Slo, SloClass
+from hyperflexis.errors import ConfigError
+
+FLEET = """\
+models:
+  org/chat:
+    engine: emulated
+    profile: h100-llama-3.1-8b
+    path: m
+    args: {noise: 0.25}
+    env: {A: b}
+    instances: {min: 2}
+  code: {engine: openai, endpoints: ["http://x:1"], api_key_env: KEY, args: {max_batch: 3}}
+classes:
+  - {name: fast, ttft_ms: 200, tpot_ms: 50, priority: 3, target: 0.9}
+  - {name: slow, e2e_ms: 60000}
+service_tiers: {flex: slow}
+policy: least_loaded
+listen: 0.0.0.0:81
+gateways: 2
+tenants:
+  gold: {weight: 4, default_class: slow, allowed_classes: [slow], floor: {ttft_ms: 500}}
+api_keys_file: keys.yaml
+limits: {max_body_mb: 2, max_backlog_s: 30, shutdown_grace_s: 7}
+"""
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Fleet:
+    (tmp_path / "keys.yaml").write_text("sk-1: gold\nsk-2: other\n")
+    (tmp_path / "fleet.yaml").write_text(FLEET)
+    return read_fleet(tmp_path / "fleet.yaml")
+
+
+def test_the_gateway_is_told(fleet: Fleet, tmp_path: Path) -> None:
+    config = serve.gateway_config(fleet, tmp_path, 1)
+    assert (config.id, config.host, config.port, config.reuse_port) == ("gateway-1", "0.0.0.0", 81, True)
+    assert dict(config.models) == {"org/chat": tmp_path / "m", "code": None}
+    fast = SloClass("fast", Slo(0.2, 0.05), 3.0, 0.9)
+    assert config.classes == (fast, SloClass("slow", Slo(e2e_s=60.0)))
+    assert config.default_class == "fast"
+    assert config.service_tiers == {"flex": "slow"}
+    gold, other = config.tenants
+    assert (gold.name, gold.weight, gold.default_class, gold.floor) == ("gold", 4.0, "slow", Slo(0.5))
+    assert gold.allowed_classes == {"slow"}
+    assert (other.name, other.allowed_classes) == ("other", None)
+    assert config.api_keys == {"sk-1": "gold", "sk-2": "other"}
+    assert (config.limits.max_body_bytes, config.limits.shutdown_grace_s) == (2 << 20, 7.0)
+
+
+def test_the_controller_is_told(fleet: Fleet, tmp_path: Path) -> None:
+    server, controller = serve.server_config(fleet, tmp_path, 5)
+    assert (server.term, server.fleet_digest) == (5, fleet.digest())
+    assert (controller.models, controller.policy, controller.observe) == (("org/chat", "code"), "least_loaded", False)
+    assert controller.max_backlog_s == 30.0
+
+
+def test_the_instances_are_told(fleet: Fleet, tmp_path: Path) -> None:
+    children = {child.name: child for child in serve.children(fleet, tmp_path)}
+    assert set(children) == {"controller", "org-chat-0", "org-chat-1", "code-0", "gateway-0", "gateway-1"}
+    command = " ".join(children["org-chat-1"].command(7))
+    for words in ("--id org-chat-1", "--epoch 7", "--name org/chat", "--engine emulated", "--noise=0.25"):
+        assert words in command
+    assert "--step first_come" in command, "a baseline's instances run first come, first served"
+    assert children["org-chat-1"].env == {"A": "b"}
+    command = " ".join(children["code-0"].command(1))
+    for words in ("--engine openai", "--url http://x:1", "--api-key-env KEY", "--max-batch=3"):
+        assert words in command
+    listens = [arg for child in children.values() for arg in child.command(1) if arg.startswith("unix:")]
+    assert len(set(listens)) == 4, "three instances and the controller"
+
+
+def test_two_instances_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "fleet.yaml").write_text(
+        "models:\n  a/b: {engine: emulated, profile: h100-llama-3.1-8b}\n"
+        "  a-b: {engine: emulated, profile: h100-llama-3.1-8b}\n"
+    )
+    with pytest.raises(ConfigError, match="'a-b-0': rename a model"):
+        serve.children(read_fleet(tmp_path / "fleet.yaml"), tmp_path)
