@@ -160,7 +160,7 @@ def _version(_: argparse.Namespace) -> int:
 
 
 def _config_docs(_: argparse.Namespace) -> int:
-    from .config_docs import render
+    from .config.docs import render
 
     print(render(), end="")
     return 0

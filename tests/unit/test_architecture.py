@@ -45,7 +45,7 @@ IMPURE_MODULES = {
     "time",
 }
 GLOBAL_RANDOM = {"random.random", "random.choice", "random.shuffle", "random.gauss", "random.seed", "random.randint"}
-CONFIG = {"config", "config_yaml", "config_errors"}
+CONFIG = {"config"}
 
 FILES = sorted(SOURCE.rglob("*.py"))
 

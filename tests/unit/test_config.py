@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from hyperflexis import config_docs
 from hyperflexis.config import Fleet, read_api_keys, read_fleet
+from hyperflexis.config import docs as config_docs
 from hyperflexis.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

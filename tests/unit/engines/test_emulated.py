@@ -46,18 +46,22 @@ async def test_tokens_depend_on_the_whole_prompt_and_on_the_seed_unless_greedy()
 
 
 async def test_iterations_take_the_profiles_time_on_average_although_timers_are_late() -> None:
-    profile = fast_profile()
-    async with driven(emulated("hyperflexis")) as driver:
-        key = driver.send([65] * 10, 400)
-        await driver.streams[key].started()
-        began, before = time.monotonic(), driver.engine.report()
-        await driver.streams[key].ended()
-        wall_s, after = time.monotonic() - began, driver.engine.report()
-    modelled_s = after.busy_s - before.busy_s
-    c = profile.coefficients
-    assert modelled_s == pytest.approx(399 * c.decode_s(1, 210), rel=0.01)
-    # One iteration may end late; what must not happen is that each of the 399 adds its lateness.
-    assert modelled_s - 0.005 <= wall_s < modelled_s + 0.1
+    c = fast_profile().coefficients
+    late_s = []
+    for _ in range(3):
+        async with driven(emulated("hyperflexis")) as driver:
+            key = driver.send([65] * 10, 400)
+            await driver.streams[key].started()
+            began, before = time.monotonic(), driver.engine.report()
+            await driver.streams[key].ended()
+            wall_s, after = time.monotonic() - began, driver.engine.report()
+        modelled_s = after.busy_s - before.busy_s
+        assert modelled_s == pytest.approx(399 * c.decode_s(1, 210), rel=0.01)
+        late_s.append(wall_s - modelled_s)
+        if late_s[-1] < 0.05:
+            break
+    # One iteration may end late, more so on a busy machine; what must not happen is that each of the 399 adds to it.
+    assert -0.005 < min(late_s) < 0.05
 
 
 async def test_texts_end_by_themselves_after_the_wanted_mean() -> None:

@@ -232,7 +232,7 @@ async def test_the_fit_follows_the_servers_pace(server: OpenAIServer) -> None:
         await driver.run([65] * 40, 60)
         after = driver.engine.report().latency.decode_s(1, 50)
     assert before < 0.002
-    assert 0.004 < after < 0.03
+    assert 0.004 < after < 0.1
 
 
 async def test_start_names_what_is_wrong(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 Path = tuple[str | int | float, ...]
 """Keys and indices from the top of the document."""

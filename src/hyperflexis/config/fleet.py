@@ -14,10 +14,10 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .config_errors import describe
-from .config_yaml import Document, load_yaml
-from .engines.profiles import load_profile
-from .errors import ConfigError
+from ..engines.profiles import load_profile
+from ..errors import ConfigError
+from .document import Document, load_yaml
+from .errors import describe
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,99}$")]
 Milliseconds = Annotated[float, Field(gt=0, le=86_400_000, allow_inf_nan=False)]

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from .config import (
+from .fleet import (
     ENGINE_ARGS,
     Device,
     Fleet,

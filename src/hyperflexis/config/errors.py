@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from .config_yaml import Document, Path
+from .document import Document, Path
 
 NOT_BUILT = {
     "weights": "transfer of weights between instances",
