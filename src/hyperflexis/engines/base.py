@@ -1,0 +1,99 @@
+"""The engine contract: token ids go in, token ids come out, text is the gateway's view.
+
+An engine lives in one instance process behind ``engines/host.py``, which speaks ``wire`` with gateways and the
+controller. All calls below come from the host's event loop and must not block it. One contract suite
+(``tests/contract``) runs over every implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..core.instance import RequestProgress
+from ..core.latency import Coefficients
+from ..wire import Generate, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine is, known once it has started. Sizes in tokens; ``latency`` is the prior of the fit."""
+
+    model: str
+    engine: str
+    device_kind: str
+    context_length: int
+    kv_capacity_tokens: int
+    max_batch: int
+    max_batch_tokens: int
+    returns_token_ids: bool
+    latency: Coefficients
+
+
+@dataclass(slots=True)
+class Emission:
+    """What one stream produced in one iteration. ``key`` is what ``generate`` was given.
+
+    Exactly one emission of a stream has ``finish`` set (stop, length, cancelled, refused, error) and it is the last.
+    The token that stopped a text (end of text, a stop token) is counted in ``num_output_tokens`` and not among
+    ``token_ids``.
+    """
+
+    key: object
+    token_ids: list[int]
+    text: str | None = None
+    logprobs: list[TokenLogprob] | None = None
+    finish: str | None = None
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    cached_tokens: int = 0
+    message: str = ""
+
+
+Sink = Callable[[list[Emission]], None]
+"""Receives all emissions of an iteration at once, on the event loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReport:
+    """Counters over the engine's life and levels now; ``progress`` covers requests that moved since the last call."""
+
+    num_running: int
+    num_waiting: int
+    kv_used_tokens: int
+    iterations: int
+    prompt_tokens: int
+    output_tokens: int
+    prefix_hit_tokens: int
+    preemptions: int
+    busy_s: float
+    latency: Coefficients
+    progress: tuple[RequestProgress, ...]
+
+
+class Engine(Protocol):
+    """One engine serving one copy of a model's weights."""
+
+    async def start(self, sink: Sink) -> EngineInfo:
+        """Load and warm up. Raises HyperFlexisError with a remedy when the model or the memory does not do."""
+
+    def generate(self, key: object, request: Generate) -> None:
+        """Begin a stream; emissions with ``key`` follow. A request that cannot be served (too long for the context
+        or the KV cache, draining) is answered by one emission that finishes with ``refused`` or ``error``."""
+
+    def cancel(self, key: object) -> None:
+        """End a stream and free its KV by the next iteration. Emits ``cancelled`` once, or nothing if it had ended."""
+
+    def report(self) -> EngineReport:
+        """The state now. Cheap: called ten times a second. Raises HyperFlexisError once the engine has broken for good:
+        its streams have ended with ``error``, and its process should end too."""
+
+    def set_role(self, prefill_share: float) -> None:
+        """Share of prefill work accepted: 1 prefill only, 0 decode only."""
+
+    def drain(self) -> None:
+        """Refuse what comes from now on and finish what runs."""
+
+    async def stop(self) -> None:
+        """End all streams with ``error`` and free the device."""

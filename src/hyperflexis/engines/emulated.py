@@ -1,0 +1,326 @@
+"""An engine without a model: the Batcher, driven in real time by a profile's iteration times.
+
+Everything but the device is real: queues, KV blocks, prefix reuse, the step policy, the latency fit. Iterations follow
+each other on an ideal clock (the next one starts when the last one *should* have ended), so that a late timer delays
+one emission by about a millisecond and never slows the device down.
+
+Tokens are printable ASCII, one byte each. The next token is a hash of all tokens before it and of the seed, as a
+model's greedy choice is a function of its context: so a request that is resumed elsewhere from prompt and sent tokens
+goes on as it would have.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import time
+from binascii import crc32
+from dataclasses import dataclass
+
+from ..batcher import Batch, Batcher, BatcherConfig, Emitted, RequestTooLong, Sampled, Sequence
+from ..core.latency import Coefficients, OnlineFit
+from ..core.profile import Profile
+from ..errors import HyperFlexisError, ProtocolError
+from ..policy.catalog import StepFunctions
+from ..wire import Generate, Sampling, TokenLogprob
+from .base import Emission, EngineInfo, EngineReport, Sink
+from .driver import report_of, sequence_of
+
+FIRST_TOKEN, NUM_TOKENS = 32, 95
+"""Token ids drawn: printable ASCII."""
+END_OF_TEXT = 3
+"""The id that ends a text; ASCII's own."""
+DIED = 70
+"""Exit status of a process whose engine was told to die."""
+MAX_LAG_S = 0.1
+"""How far emissions may fall behind the ideal clock before it is set anew: the host is then too slow for this
+profile, or was suspended, and catching up would show iterations faster than the device's."""
+
+_WORD = [token.to_bytes(4, "little") for token in range(128)]
+_SAMPLED = [Sampled(token) for token in range(128)]
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """What goes wrong, for tests of what is around an engine. Counts are of output tokens since the start.
+
+    ``die_after_tokens``: the process exits at once with status DIED. ``hang_after_tokens``: iterations stop, the
+    process lives. ``slow_factor`` stretches iterations. ``refuse``: every request is refused.
+    """
+
+    die_after_tokens: int | None = None
+    hang_after_tokens: int | None = None
+    slow_factor: float = 1.0
+    refuse: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EmulatedConfig:
+    """An emulated instance of ``profile`` that serves under the name ``model``.
+
+    ``noise`` is the relative standard deviation of iteration times. ``prior_scale`` multiplies the coefficients from
+    which the fit starts, so that it has something to learn. With ``mean_output_tokens`` texts end by themselves after
+    that many tokens on average (unless a request ignores that), else always at their limit. Sizes that are None are
+    the profile's.
+    """
+
+    model: str
+    profile: Profile
+    step: StepFunctions
+    kv_tokens: int | None = None
+    context_length: int | None = None
+    max_batch: int | None = None
+    max_batch_tokens: int | None = None
+    block_size: int = 16
+    noise: float = 0.0
+    seed: int = 0
+    prior_scale: float = 1.0
+    mean_output_tokens: float | None = None
+    faults: Faults = Faults()
+
+
+@dataclass(slots=True)
+class _Stream:
+    key: object
+    sampling: Sampling
+    state: int
+
+
+class EmulatedEngine:
+    """See the module."""
+
+    def __init__(self, config: EmulatedConfig) -> None:
+        self._config = config
+        self._clock = time.monotonic
+        profile = config.profile
+        self._truth = profile.coefficients
+        self._prior = _scaled(profile.coefficients, config.prior_scale)
+        block = config.block_size
+        self._sizes = BatcherConfig(
+            num_blocks=max((config.kv_tokens or profile.kv_capacity_tokens) // block, 1),
+            block_size=block,
+            max_batch=config.max_batch or profile.max_batch,
+            max_batch_tokens=config.max_batch_tokens or profile.max_batch_tokens,
+            context_length=config.context_length or profile.context_length,
+        )
+        self._batcher = Batcher(self._sizes, OnlineFit(self._prior), config.step.plan, config.step.victim)
+        self._random = random.Random(config.seed)
+        # A draw below this ends the text: a geometric length of the wanted mean.
+        self._end_below = int(2**32 / config.mean_output_tokens) if config.mean_output_tokens else 0
+        self._streams: dict[object, Sequence] = {}
+        self._sink: Sink | None = None
+        self._batch: Batch | None = None
+        self._batch_s = 0.0
+        self._ends_at = 0.0
+        self._timer: asyncio.Handle | None = None
+        self._draining = False
+        self._hung = False
+        self._refusing = config.faults.refuse
+        self._slow = config.faults.slow_factor
+        self._failure: str | None = None
+        self._warned_at = float("-inf")
+
+    async def start(self, sink: Sink) -> EngineInfo:
+        """Ready at once: there are no weights."""
+        self._sink = sink
+        self._loop = asyncio.get_running_loop()
+        sizes = self._sizes
+        return EngineInfo(
+            model=self._config.model,
+            engine="emulated",
+            device_kind=self._config.profile.device_kind,
+            context_length=sizes.context_length,
+            kv_capacity_tokens=sizes.kv_capacity_tokens,
+            max_batch=sizes.max_batch,
+            max_batch_tokens=sizes.max_batch_tokens,
+            returns_token_ids=True,
+            latency=self._prior,
+        )
+
+    def generate(self, key: object, request: Generate) -> None:
+        """See the contract."""
+        if self._refusing or self._draining or self._failure is not None:
+            reason = "the instance is draining" if self._draining else "the instance refuses requests"
+            self._emit([Emission(key, [], finish="refused", message=reason)])
+            return
+        sampling = request.sampling
+        # Greedy choice knows no seed.
+        seed = (sampling.seed or 0) & 0xFFFFFFFF if sampling.temperature > 0.0 else 0
+        now = self._clock()
+        try:
+            seq = sequence_of(request, now, _Stream(key, sampling, crc32(request.token_ids, seed)))
+            self._batcher.add(seq, now)
+        except (RequestTooLong, ProtocolError, ValueError) as error:
+            self._emit([Emission(key, [], finish="error", message=str(error))])
+            return
+        self._streams[key] = seq
+        if self._batch is None and self._timer is None and not self._hung:
+            # Soon, not now: all that arrived together shares the first iteration.
+            self._timer = self._loop.call_soon(self._begin, now)
+
+    def cancel(self, key: object) -> None:
+        """See the contract."""
+        seq = self._streams.pop(key, None)
+        if seq is None:
+            return
+        self._batcher.cancel(seq.id)
+        self._emit([_finished(key, seq, "cancelled")])
+
+    def report(self) -> EngineReport:
+        """The state now. Raises HyperFlexisError after ``fail``."""
+        if self._failure is not None:
+            raise HyperFlexisError(self._failure)
+        return report_of(self._batcher)
+
+    def set_role(self, prefill_share: float) -> None:
+        """Accepted and without effect: the instance takes what it is sent."""
+
+    def drain(self) -> None:
+        """See the contract."""
+        self._draining = True
+
+    async def stop(self) -> None:
+        """See the contract."""
+        self._draining = True
+        self._end_all("the instance stopped")
+
+    def fail(self, message: str) -> None:
+        """Fault: the engine breaks, as after a device error; its host process finds out by ``report``."""
+        self._failure = message
+        self._end_all(message)
+
+    def hang(self) -> None:
+        """Fault: no iteration ends or begins any more, until ``recover``."""
+        self._hung = True
+
+    def slow(self, factor: float) -> None:
+        """Fault: iterations take ``factor`` times as long from the next one on."""
+        self._slow = factor
+
+    def refuse(self) -> None:
+        """Fault: requests are refused, until ``recover``."""
+        self._refusing = True
+
+    def recover(self) -> None:
+        """End hang, slow and refuse."""
+        self._refusing = False
+        self._slow = 1.0
+        if self._hung:
+            self._hung = False
+            if self._timer is None:
+                self._timer = self._loop.call_soon(self._end if self._batch else self._begin, self._clock())
+
+    def _begin(self, start: float) -> None:
+        """Plan the iteration that starts at ``start``, or rest when there is nothing to do."""
+        self._timer = None
+        if self._hung:
+            return
+        batch = self._batch = self._batcher.plan(self._clock())
+        if batch is None:
+            return
+        seconds = self._truth.predict(batch.prefill_tokens, batch.attention, batch.num_decodes, batch.kv_tokens)
+        seconds *= self._slow
+        if self._config.noise:
+            seconds *= max(self._random.gauss(1.0, self._config.noise), 0.1)
+        self._batch_s = seconds
+        self._ends_at = start + seconds
+        self._timer = self._loop.call_later(max(self._ends_at - self._clock(), 0.0), self._end, self._ends_at)
+
+    def _end(self, ended_at: float) -> None:
+        """The iteration is over: tokens go out and the next one begins where this one ended."""
+        self._timer = None
+        batch = self._batch
+        if self._hung or batch is None:
+            return
+        sampled = [self._sample(chunk.seq) for chunk in batch.chunks if chunk.samples]
+        now = self._clock()
+        emitted = self._batcher.commit(batch, sampled, now, self._batch_s)
+        self._emit([self._emission(one) for one in emitted])
+        self._apply_faults()
+        self._batch = None
+        if now - ended_at > MAX_LAG_S:
+            if now - self._warned_at > 10.0:
+                self._warned_at = now
+                _log.warning(
+                    "emulation is %.0f ms behind its profile: this machine is too busy", 1e3 * (now - ended_at)
+                )
+            ended_at = now
+        self._begin(ended_at)
+
+    def _sample(self, seq: Sequence) -> Sampled:
+        stream = seq.payload
+        assert isinstance(stream, _Stream)
+        state = stream.state
+        sampling = stream.sampling
+        # Multiplied, so that the end does not depend on the same bits as the token.
+        if self._end_below and not sampling.ignore_eos and (state * 2654435761) & 0xFFFFFFFF < self._end_below:
+            return Sampled(END_OF_TEXT, stop=True)
+        token = FIRST_TOKEN + state % NUM_TOKENS
+        stream.state = crc32(_WORD[token], state)
+        if sampling.stop_token_ids and token in sampling.stop_token_ids:
+            return Sampled(token, stop=True)
+        return _SAMPLED[token]
+
+    def _emission(self, one: Emitted) -> Emission:
+        seq = one.seq
+        stream = seq.payload
+        assert isinstance(stream, _Stream)
+        if one.finish is None:
+            out = Emission(stream.key, [one.token_id])
+        else:
+            del self._streams[stream.key]
+            out = _finished(stream.key, seq, one.finish)
+            if one.finish != "stop":
+                out.token_ids.append(one.token_id)
+        if stream.sampling.logprobs is not None and out.token_ids:
+            out.logprobs = [_logprob(one.token_id, stream.sampling.logprobs)]
+        return out
+
+    def _emit(self, emissions: list[Emission]) -> None:
+        if emissions and self._sink is not None:
+            self._sink(emissions)
+
+    def _end_all(self, message: str) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._batch = None
+        out = []
+        for key, seq in self._streams.items():
+            self._batcher.cancel(seq.id)
+            out.append(_finished(key, seq, "error", message))
+        self._streams.clear()
+        self._emit(out)
+
+    def _apply_faults(self) -> None:
+        faults, sent = self._config.faults, self._batcher.counters.output_tokens
+        if faults.die_after_tokens is not None and sent >= faults.die_after_tokens:
+            os._exit(DIED)
+        if faults.hang_after_tokens is not None and sent >= faults.hang_after_tokens:
+            self._hung = True
+
+
+def _scaled(c: Coefficients, k: float) -> Coefficients:
+    return Coefficients(c.c0 * k, c.c1 * k, c.c2 * k, c.c3 * k, c.c4 * k, c.q90)
+
+
+def _finished(key: object, seq: Sequence, finish: str, message: str = "") -> Emission:
+    return Emission(
+        key,
+        [],
+        finish=finish,
+        num_prompt_tokens=seq.num_prompt_tokens,
+        num_output_tokens=seq.output_tokens,
+        cached_tokens=seq.cached_tokens,
+        message=message,
+    )
+
+
+def _logprob(token: int, alternatives: int) -> TokenLogprob:
+    """The drawn token with half of the mass, the ids after it with half of what is left, and so on."""
+    ln2 = 0.6931471805599453
+    top = [(FIRST_TOKEN + (token - FIRST_TOKEN + i) % NUM_TOKENS, -ln2 * (i + 1)) for i in range(alternatives)]
+    return TokenLogprob(token, -ln2, top)

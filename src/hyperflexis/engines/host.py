@@ -1,0 +1,368 @@
+"""The instance process: one engine behind ``wire``, for gateways that connect to it and the controller it connects to.
+
+    gateway    -> Generate, Cancel          each stream is a key in the engine
+    gateway    <- Output                    one frame per gateway and iteration
+    controller <- InstanceJoined            once ready, and again on each new link
+    controller <- InstanceReported          every ``report_every_s`` while something changes, at least each second
+    controller -> Drain                     take nothing new; the process goes on until it is told to stop
+
+The controller may be away: streams go on, and it is connected to again. One of an older term than the newest seen is
+refused. A gateway's streams end with its link, since nobody is left to read them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from hmac import compare_digest
+from typing import Any
+
+from .. import wire
+from ..core.events import InstanceJoined, InstanceReported
+from ..core.instance import InstanceInfo, InstanceReport
+from ..errors import HyperFlexisError
+from .base import Emission, Engine, EngineReport
+
+MAX_STREAMS = 8192
+"""Streams open at once; beyond that a request is refused, so that the gateway sends it elsewhere."""
+REPORT_AT_LEAST_S = 1.0
+DRAIN_LIMIT_S = 30.0
+"""How long streams may go on after SIGTERM; then they end with an error."""
+CLOSE_LIMIT_S = 1.0
+"""How long the last frames get to leave."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceIdentity:
+    """Who this process is: ``epoch`` is minted at each launch, ``token`` is the fleet's shared word in Hello."""
+
+    id: str
+    epoch: int
+    token: str = ""
+
+
+async def run_instance(
+    engine: Engine,
+    identity: InstanceIdentity,
+    listen: str,
+    controller: str | None,
+    report_every_s: float = 0.1,
+    on_ready: Callable[[InstanceInfo], None] | None = None,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then finish what runs (a second signal cuts that short) and return.
+
+    ``listen`` and ``controller`` are wire addresses; port 0 takes a free one. ``on_ready`` is told what the instance
+    is once it can be reached. Raises HyperFlexisError when the engine does not start or breaks, or when the address
+    is taken.
+    """
+    host = InstanceHost(engine, identity, report_every_s)
+    signalled = asyncio.Event()
+    cut_short = asyncio.Event()
+
+    def on_signal() -> None:
+        (cut_short if signalled.is_set() else signalled).set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    tasks: list[asyncio.Task[Any]] = []
+
+    def task(work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        tasks.append(asyncio.create_task(work))
+        return tasks[-1]
+
+    try:
+        stop = task(signalled.wait())
+        starting = task(host.start(listen, controller))
+        await asyncio.wait({starting, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            return
+        info = starting.result()
+        if on_ready is not None:
+            on_ready(info)
+        running = task(host.run())
+        await asyncio.wait({running, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            running.result()
+        drained, cut = task(host.drained()), task(cut_short.wait())
+        await asyncio.wait({drained, cut}, timeout=DRAIN_LIMIT_S, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for one in tasks:
+            one.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await host.stop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+class _Stream:
+    """The engine's key of one stream: which gateway, and its number there. Compared by identity."""
+
+    __slots__ = ("gateway", "number")
+
+    def __init__(self, gateway: _Gateway, number: int) -> None:
+        self.gateway = gateway
+        self.number = number
+
+
+class _Gateway:
+    """The peer of one gateway's link: its open streams."""
+
+    def __init__(self, host: InstanceHost) -> None:
+        self._host = host
+        self.link: wire.Link | None = None
+        self.streams: dict[int, _Stream] = {}
+
+    def link_made(self, link: wire.Link, hello: wire.Hello) -> None:
+        """A gateway said hello."""
+        self.link = link
+        self._host.gateway_joined(self, hello)
+
+    def link_lost(self, link: wire.Link, reason: str) -> None:
+        """Its streams have no reader any more."""
+        self._host.gateway_left(self)
+
+    def message_received(self, link: wire.Link, message: Any) -> None:
+        """Generate or Cancel."""
+        if isinstance(message, wire.Generate):
+            if message.stream in self.streams:
+                link.close(f"stream {message.stream} is already open")
+                return
+            self._host.generate(self, message)
+        elif isinstance(message, wire.Cancel):
+            stream = self.streams.get(message.stream)
+            if stream is not None:
+                self._host.engine.cancel(stream)
+        else:
+            link.close(f"an instance takes no {type(message).__name__} from a gateway")
+
+
+class InstanceHost:
+    """One engine and its links. ``start``, then ``run`` until cancelled, then ``stop``."""
+
+    def __init__(self, engine: Engine, identity: InstanceIdentity, report_every_s: float = 0.1) -> None:
+        self.engine = engine
+        self._identity = identity
+        self._report_every_s = report_every_s
+        self._info: InstanceInfo | None = None
+        self._server: asyncio.Server | None = None
+        self._gateways: set[_Gateway] = set()
+        self._num_streams = 0
+        self._no_streams = asyncio.Event()
+        self._no_streams.set()
+        self._draining = False
+        self._started = False
+        self._controller_address: str | None = None
+        self._controller: wire.Link | None = None
+        self._controller_task: asyncio.Task[None] | None = None
+        self._told: EngineReport | None = None
+        self._term = 0
+
+    async def start(self, listen: str, controller: str | None) -> InstanceInfo:
+        """Load the engine, open the address, begin to look for the controller. Raises HyperFlexisError."""
+        engine = await self.engine.start(self.emit)
+        self._started = True
+        try:
+            self._server = await wire.listen(listen, lambda: _Gateway(self), self._hello)
+        except (OSError, ValueError) as error:
+            raise HyperFlexisError(f"instance {self._identity.id} cannot listen at {listen}: {error}") from error
+        address = listen
+        if not listen.startswith("unix:"):
+            port = self._server.sockets[0].getsockname()[1]
+            address = f"{listen.rpartition(':')[0]}:{port}"
+        self._info = InstanceInfo(
+            id=self._identity.id,
+            epoch=self._identity.epoch,
+            model=engine.model,
+            device_kind=engine.device_kind,
+            address=address,
+            engine=engine.engine,
+            context_length=engine.context_length,
+            kv_capacity_tokens=engine.kv_capacity_tokens,
+            max_batch=engine.max_batch,
+            max_batch_tokens=engine.max_batch_tokens,
+            returns_token_ids=engine.returns_token_ids,
+            latency=engine.latency,
+        )
+        if controller is not None:
+            self._controller_task = asyncio.create_task(wire.keep_connected(controller, self, self._hello))
+        _log.info("instance %s ready: %s on %s at %s", self._identity.id, engine.model, engine.device_kind, address)
+        return self._info
+
+    async def run(self) -> None:
+        """Report to the controller. Ends only by cancellation, or by the HyperFlexisError of a broken engine."""
+        silent_s = 0.0
+        while True:
+            await asyncio.sleep(self._report_every_s)
+            silent_s += self._report_every_s
+            # Asked for even when nobody listens: this is how an engine tells that it broke. While the controller is
+            # away, moves that it misses are no loss, since progress is told again with the next move.
+            report = self.engine.report()
+            if self._controller is None or (report == self._told and silent_s < REPORT_AT_LEAST_S):
+                continue
+            self._told, silent_s = report, 0.0
+            self._controller.send(InstanceReported(self._report(report)))
+
+    async def drained(self) -> None:
+        """Take nothing new and wait until no stream is open."""
+        self._drain()
+        await self._no_streams.wait()
+
+    async def stop(self) -> None:
+        """End all streams, free the device and close all links. Safe at any time, also after a failed start."""
+        self._draining = True
+        if self._controller_task is not None:
+            self._controller_task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._controller_task
+        if self._started:
+            await self.engine.stop()
+        links = [gateway.link for gateway in self._gateways if gateway.link is not None]
+        for link in links:
+            link.close("the instance stopped")
+        if links:
+            await asyncio.wait([link.closed for link in links], timeout=CLOSE_LIMIT_S)
+        if self._server is not None:
+            self._server.close()
+
+    def gateway_joined(self, gateway: _Gateway, hello: wire.Hello) -> None:
+        """Let a gateway in when it knows the fleet's word."""
+        assert gateway.link is not None
+        if hello.role != "gateway" or not compare_digest(hello.token.encode(), self._identity.token.encode()):
+            gateway.link.close("only gateways of this fleet may connect to an instance: check role and token")
+            return
+        self._gateways.add(gateway)
+
+    def gateway_left(self, gateway: _Gateway) -> None:
+        """Cancel what it had open."""
+        self._gateways.discard(gateway)
+        for stream in list(gateway.streams.values()):
+            self.engine.cancel(stream)
+
+    def generate(self, gateway: _Gateway, request: wire.Generate) -> None:
+        """Start a stream, or refuse it so that the gateway sends it elsewhere."""
+        refusal = self._refusal(gateway, request)
+        if refusal is not None:
+            assert gateway.link is not None
+            gateway.link.send(wire.Output([], [], finished=[wire.Finish(request.stream, "refused", 0, 0, 0, refusal)]))
+            return
+        stream = gateway.streams[request.stream] = _Stream(gateway, request.stream)
+        self._num_streams += 1
+        self._no_streams.clear()
+        self.engine.generate(stream, request)
+
+    def _refusal(self, gateway: _Gateway, request: wire.Generate) -> str | None:
+        if gateway not in self._gateways:
+            return "this gateway was not let in"
+        if request.epoch != self._identity.epoch:
+            return f"this is epoch {self._identity.epoch} of instance {self._identity.id}, not {request.epoch}"
+        if self._draining:
+            return "the instance is draining"
+        if self._num_streams >= MAX_STREAMS:
+            return f"{MAX_STREAMS} streams are open on this instance"
+        return None
+
+    def emit(self, emissions: list[Emission]) -> None:
+        """The engine's sink: one Output for each gateway that has a part in this iteration."""
+        by_gateway: dict[_Gateway, list[Emission]] = {}
+        for emission in emissions:
+            stream = emission.key
+            assert isinstance(stream, _Stream)
+            if emission.finish is not None:
+                del stream.gateway.streams[stream.number]
+                self._num_streams -= 1
+                if emission.finish == "cancelled":
+                    continue  # who cancelled does not wait for an answer
+            part = by_gateway.get(stream.gateway)
+            if part is None:
+                by_gateway[stream.gateway] = [emission]
+            else:
+                part.append(emission)
+        for gateway, part in by_gateway.items():
+            assert gateway.link is not None
+            gateway.link.send(_output(part))
+        if self._num_streams == 0:
+            self._no_streams.set()
+
+    def link_made(self, link: wire.Link, hello: wire.Hello) -> None:
+        """The controller answered."""
+        if hello.term < self._term:
+            link.close(f"term {hello.term} is over: the controller of term {self._term} is in charge")
+            return
+        self._term = hello.term
+        self._controller = link
+        assert self._info is not None
+        link.send(InstanceJoined(self._info))
+        self._told = None
+
+    def link_lost(self, link: wire.Link, reason: str) -> None:
+        """The controller is away; ``keep_connected`` looks for it."""
+        if link is self._controller:
+            self._controller = None
+            _log.warning("instance %s lost the controller: %s", self._identity.id, reason)
+
+    def message_received(self, link: wire.Link, message: Any) -> None:
+        """Drain is the only order."""
+        if link is not self._controller:
+            return  # refused for its term; what it still had under way does not count
+        if isinstance(message, wire.Drain):
+            if message.epoch == self._identity.epoch:
+                self._drain()
+        else:
+            link.close(f"an instance takes no {type(message).__name__} from a controller")
+
+    def _hello(self) -> wire.Hello:
+        return wire.Hello(wire.VERSION, "instance", self._identity.id, token=self._identity.token)
+
+    def _drain(self) -> None:
+        if not self._draining:
+            self._draining = True
+            self.engine.drain()
+
+    def _report(self, report: EngineReport) -> InstanceReport:
+        return InstanceReport(
+            id=self._identity.id,
+            epoch=self._identity.epoch,
+            num_running=report.num_running,
+            num_waiting=report.num_waiting,
+            kv_used_tokens=report.kv_used_tokens,
+            iterations=report.iterations,
+            prompt_tokens=report.prompt_tokens,
+            output_tokens=report.output_tokens,
+            prefix_hit_tokens=report.prefix_hit_tokens,
+            preemptions=report.preemptions,
+            busy_s=report.busy_s,
+            latency=report.latency,
+            progress=report.progress,
+        )
+
+
+def _output(part: list[Emission]) -> wire.Output:
+    """One frame from the emissions of one gateway's streams."""
+    streams: list[int] = []
+    tokens: list[list[int]] = []
+    texts: list[str] = []
+    logprobs: list[list[wire.TokenLogprob] | None] = []
+    finished: list[wire.Finish] = []
+    has_text = has_logprobs = False
+    for one in part:
+        number = one.key.number  # type: ignore[attr-defined]  # emit checked that it is a _Stream
+        if one.token_ids or one.text:
+            streams.append(number)
+            tokens.append(one.token_ids)
+            texts.append(one.text or "")
+            logprobs.append(one.logprobs)
+            has_text = has_text or one.text is not None
+            has_logprobs = has_logprobs or one.logprobs is not None
+        if one.finish is not None:
+            finished.append(
+                wire.Finish(
+                    number, one.finish, one.num_prompt_tokens, one.num_output_tokens, one.cached_tokens, one.message
+                )
+            )
+    return wire.Output(streams, tokens, texts if has_text else None, logprobs if has_logprobs else None, finished)
