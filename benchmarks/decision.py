@@ -16,7 +16,6 @@ import time
 from collections import deque
 
 from common import environment
-
 from hyperflexis.controller import Controller, ControllerConfig
 from hyperflexis.core.events import InstanceJoined, InstanceReported, RequestArrived, RequestFinished
 from hyperflexis.core.instance import InstanceInfo, InstanceReport, RequestProgress

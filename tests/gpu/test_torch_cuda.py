@@ -1,0 +1,107 @@
+"""The torch engine on a CUDA device: the same code as on CPUs, other kernels."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tests.unit.engines.torch.attention_case import mixed_batch
+
+from hyperflexis.engines.base import Emission
+from hyperflexis.engines.torch.attention import Span
+from hyperflexis.engines.torch.config import load_config
+from hyperflexis.engines.torch.engine import TorchConfig, TorchEngine
+from hyperflexis.engines.torch.loader import load
+from hyperflexis.errors import HyperFlexisError
+from hyperflexis.make_model import Recipe, make_model
+from hyperflexis.policy.catalog import STEPS
+from hyperflexis.wire import Generate, Sampling, pack_ids
+
+CUDA = torch.device("cuda")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models") / "small"
+    make_model(directory, Recipe(size="1m", context=512))
+    return directory
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [("float32", 1e-4), ("bfloat16", 3e-2), ("float16", 4e-3)])
+def test_attention_equals_its_definition(model: Path, dtype: str, atol: float) -> None:
+    config = replace(load_config(model), num_layers=2)
+    got, expected = mixed_batch(config, getattr(torch, dtype), CUDA)
+    torch.testing.assert_close(got, expected, rtol=0.0, atol=atol)
+
+
+def test_logits_in_fp32_are_those_of_the_cpu(model: Path) -> None:
+    logits = []
+    for device in (torch.device("cpu"), CUDA):
+        on_device = load(model, device, "float32", 1024, 16, 1024).model
+        spans = [Span(0, 100, list(range(10, 17))), Span(0, 40, [3, 1, 5])]
+        ids = [(7 * i) % 1024 for i in range(140)]
+        first = on_device.forward(on_device.prepare(spans, ids, [99, 139]))
+        more = on_device.forward(
+            on_device.prepare([Span(100, 1, list(range(10, 17))), Span(40, 8, [3, 1, 5])], ids[:9], [0, 8])
+        )
+        logits.append(torch.cat((first, more)).cpu())
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-3, atol=1e-2)
+
+
+async def run(model: Path, dtype: str, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
+    """Tokens of all prompts, sent at once."""
+    tokens: list[list[int]] = [[] for _ in prompts]
+    open_streams = len(prompts)
+    done = asyncio.Event()
+
+    def sink(emissions: list[Emission]) -> None:
+        nonlocal open_streams
+        for emission in emissions:
+            assert emission.finish in (None, "length"), emission
+            assert isinstance(emission.key, int)
+            tokens[emission.key] += emission.token_ids
+            open_streams -= emission.finish is not None
+        if open_streams == 0:
+            done.set()
+
+    config = TorchConfig("m", model, STEPS["hyperflexis"], device="cuda", dtype=dtype, kv_tokens=16384)
+    engine = TorchEngine(config)
+    info = await engine.start(sink)
+    assert info.latency.decode_s(1, 1) > 0.0
+    for key, prompt in enumerate(prompts):
+        engine.generate(key, Generate(key, str(key), 1, pack_ids(prompt), sampling))
+    async with asyncio.timeout(60.0):
+        await done.wait()
+    await engine.stop()
+    return tokens
+
+
+async def test_greedy_fp32_tokens_are_those_of_transformers(model: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="compares with Hugging Face transformers")
+    prompts = [[(31 * i + 7 * j) % 1000 for j in range(n)] for i, n in enumerate((1, 17, 64, 200))]
+    got = await run(model, "float32", prompts, Sampling(temperature=0.0, max_tokens=16, ignore_eos=True))
+    reference = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(CUDA).eval()
+    reference.generation_config.eos_token_id = None
+    for prompt, tokens in zip(prompts, got, strict=True):
+        ids = torch.tensor([prompt], device=CUDA)
+        mask = torch.ones_like(ids)
+        whole = reference.generate(ids, attention_mask=mask, max_new_tokens=16, do_sample=False, pad_token_id=0)
+        assert tokens == whole[0, len(prompt) :].tolist()
+
+
+async def test_bfloat16_serves_a_large_batch_with_every_way_of_sampling(model: Path) -> None:
+    prompts = [[(13 * i + j) % 1000 for j in range(5 + 6 * i)] for i in range(64)]
+    sampling = Sampling(temperature=0.8, top_p=0.9, top_k=200, seed=3, max_tokens=24, ignore_eos=True, logprobs=5)
+    tokens = await run(model, "bfloat16", prompts, sampling)
+    assert [len(one) for one in tokens] == [24] * 64
+    assert all(0 <= token < 1024 for one in tokens for token in one)
+    assert len({tuple(one) for one in tokens}) > 60
+
+
+def test_too_little_device_memory_is_told_with_a_remedy(model: Path) -> None:
+    with pytest.raises(HyperFlexisError, match=r"too little memory on cuda.*--kv-tokens"):
+        load(model, CUDA, None, 1 << 40, 16, 512)
