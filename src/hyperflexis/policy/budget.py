@@ -15,7 +15,9 @@ from typing import Protocol
 CAP_S = 0.150
 """The longest planned iteration with prompts: an arrival waits for about this at most. 100-400 ms differ little."""
 LEAD = 0.1
-"""Share of its pace that each decode keeps in hand against a slow iteration; 0.1-0.2 does."""
+"""Share of its pace that each decode keeps in hand against a slow iteration, besides the model's q90 error."""
+MAX_LEAD = 1.0
+"""More than a whole token in hand costs prompts more than it saves decodes."""
 SHORTEST = 0.6
 """A decode behind its lead still grants this share of its pace, so that it recovers over a few steps, not in one."""
 
@@ -49,17 +51,19 @@ def is_lost(job: Pace, now: float, step_s: float) -> bool:
     return behind > 0.0 and behind > (job.expected_remaining - 1.0) * max(job.pace_s - step_s, 0.0)
 
 
-def iteration_s(now: float, running: Iterable[Pace], decode_s: float) -> float:
+def iteration_s(now: float, running: Iterable[Pace], decode_s: float, q90: float = 0.0) -> float:
     """The longest that the next iteration may last: at most CAP_S, at least nothing.
 
-    ``decode_s`` is the predicted duration of an iteration that only decodes.
+    ``decode_s`` is the predicted duration of an iteration that only decodes, ``q90`` the relative error that nine in
+    ten predictions stay under: the noisier the device, the more each decode keeps in hand.
     """
     budget = CAP_S
+    lead = min(LEAD + q90, MAX_LEAD)
     for job in running:
         pace = job.pace_s
         if pace == inf or is_lost(job, now, decode_s):
             continue
-        slack = job.next_due - now - LEAD * pace
+        slack = job.next_due - now - lead * pace
         usable = slack if slack > pace else max(slack, SHORTEST * pace)
         if usable < budget:
             budget = usable

@@ -96,7 +96,7 @@ def plan(
     decodes = list(running)
     kv_tokens = sum(job.computed for job in decodes)
     decode_s = latency.decode_s(len(decodes), kv_tokens)
-    budget_s = budget.iteration_s(now, decodes, decode_s)
+    budget_s = budget.iteration_s(now, decodes, decode_s, latency.q90)
     if not waiting:
         return StepPlan(decodes, [], budget_s, 0)
     jobs = list(waiting)[:MAX_RANKED]
@@ -167,7 +167,8 @@ def _chunk(job: Job, time_s: float, tokens: int, latency: Coefficients) -> int:
 
 
 class _Admission:
-    """Whether a request may hold KV from this iteration on; keeps count of those it has let in."""
+    """Whether a request may join the batch, asked in order of service: it counts what is in front, not those half-done
+    prompts behind that will wait."""
 
     def __init__(
         self,
@@ -179,38 +180,37 @@ class _Admission:
         latency: Coefficients,
         limits: StepLimits,
     ) -> None:
-        held = [job for job in jobs if job.started]
-        paces = [job.pace_s for job in decodes if not budget.is_lost(job, now, decode_s)]
-        paces += [job.pace_s for job in held if not job.missed_first]
-        self._pace = min(paces, default=inf)
-        self._batch = len(decodes) + len(held)
-        self._kv = float(kv_tokens + sum(job.computed + job.remaining_prefill for job in held))
-        # Started prompts will still take what they lack; new ones may use what is left after that.
-        self._free = limits.kv_free_tokens - sum(job.remaining_prefill for job in held)
+        self._pace = min((job.pace_s for job in decodes if not budget.is_lost(job, now, decode_s)), default=inf)
+        self._batch = len(decodes)
+        self._holding = len(decodes) + sum(job.started for job in jobs)
+        self._kv = float(kv_tokens)
+        self._free = float(limits.kv_free_tokens)
         self._latency = latency
         self._limits = limits
 
     def admits(self, job: Job, late: bool) -> bool:
-        if job.started:
-            return True
-        limits = self._limits
-        if self._batch >= limits.max_batch:
-            return False
-        alone = self._batch == 0
-        need = job.remaining_prefill + 0.5 * job.expected_remaining
-        if need > self._free and not alone:
-            return False
-        if late and limits.kv_capacity_tokens - self._free > LATE_KV_SHARE * limits.kv_capacity_tokens and not alone:
-            return False
+        """True when it may have tokens in this iteration; it is then counted."""
         context = self._kv + job.computed + job.remaining_prefill
         pace = min(self._pace, inf if late else job.pace_s)
-        if not alone and self._latency.decode_s(self._batch + 1, context) > PACE_MARGIN * pace:
-            return False
+        if not job.started:
+            if self._holding >= self._limits.max_batch:
+                return False
+            if self._batch and not self._has_room(job, late, context, pace):
+                return False
+            self._holding += 1
         self._batch += 1
         self._kv = context
         self._free -= job.remaining_prefill
         self._pace = pace
         return True
+
+    def _has_room(self, job: Job, late: bool, context: float, pace: float) -> bool:
+        limits = self._limits
+        if job.remaining_prefill + 0.5 * job.expected_remaining > self._free:
+            return False
+        if late and limits.kv_capacity_tokens - self._free > LATE_KV_SHARE * limits.kv_capacity_tokens:
+            return False
+        return self._latency.decode_s(self._batch + 1, context) <= PACE_MARGIN * pace
 
 
 def victim(now: float, jobs: Collection[J]) -> J:

@@ -37,3 +37,9 @@ def test_lost_requests_do_not_bind():
     assert not is_lost(recovers, 10.0, 0.01)
     assert iteration_s(10.0, [late_first, hopeless], 0.01) == CAP_S
     assert iteration_s(10.0, [recovers], 0.01) < CAP_S
+
+
+def test_the_lead_grows_with_the_models_error_up_to_one_token():
+    tight = Running(10.12, 0.05)
+    assert iteration_s(10.0, [tight], 0.01, q90=0.5) == pytest.approx(0.12 - 0.6 * 0.05)
+    assert iteration_s(10.0, [tight], 0.01, q90=9.0) == pytest.approx(0.12 - 0.05)

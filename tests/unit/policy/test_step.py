@@ -94,6 +94,12 @@ def test_kv_and_batch_limits_hold():
     assert not first_come.plan(0.0, [Request("p", 100, next_due=5.0)], busy, MODEL, roomy).prefills
 
 
+def test_half_done_prompts_that_will_wait_do_not_keep_others_out():
+    late = [Request(f"l{i}", 4000, next_due=-1.0, pace_s=0.012, computed=100, started=True) for i in range(8)]
+    plan = step.plan(0.0, [*late, Request("ok", 100, next_due=1.0, pace_s=0.012)], [], MODEL, LIMITS)
+    assert _ids(plan)[0] == "ok"
+
+
 def test_first_come_keeps_the_token_budget():
     limits = step.StepLimits(64, 512, 100_000, 100_000)
     running = [Request(f"d{i}") for i in range(12)]
