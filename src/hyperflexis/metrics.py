@@ -36,6 +36,19 @@ class Levels:
     reports: Sequence[InstanceReport]
 
 
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    """What a finished request of one model and class touches, with its labels looked up once."""
+
+    requests: Counter
+    attained: Counter
+    prompt_tokens: Counter
+    output_tokens: Counter
+    ttft: Histogram
+    tpot: Histogram
+    e2e: Histogram
+
+
 class GatewayMetrics:
     """All metrics of one gateway process."""
 
@@ -65,6 +78,7 @@ class GatewayMetrics:
         self._redispatched = counter(
             "redispatched", "Requests asked for again because their instance failed", ("model",)
         )
+        self._finished: dict[tuple[str, str], _Finished] = {}
         self._registry.register(_LevelsCollector(read_levels))
 
     def request_ended(
@@ -79,18 +93,34 @@ class GatewayMetrics:
         e2e_s: float,
     ) -> None:
         """One request is over. ``ttft_s`` is None when it had no token."""
-        self._requests.labels(model, slo_class, outcome).inc()
         if outcome != "finished":
+            self._requests.labels(model, slo_class, outcome).inc()
             return
-        self._prompt_tokens.labels(model, slo_class).inc(prompt_tokens)
-        self._output_tokens.labels(model, slo_class).inc(output_tokens)
-        self._e2e.labels(model, slo_class).observe(e2e_s)
+        found = self._finished.get((model, slo_class))
+        if found is None:
+            found = self._finished[model, slo_class] = self._labelled(model, slo_class)
+        found.requests.inc()
+        found.prompt_tokens.inc(prompt_tokens)
+        found.output_tokens.inc(output_tokens)
+        found.e2e.observe(e2e_s)
         if ttft_s is not None:
-            self._ttft.labels(model, slo_class).observe(ttft_s)
+            found.ttft.observe(ttft_s)
             if output_tokens > 1:
-                self._tpot.labels(model, slo_class).observe((e2e_s - ttft_s) / (output_tokens - 1))
+                found.tpot.observe((e2e_s - ttft_s) / (output_tokens - 1))
         if slo.is_met(e2e_s if ttft_s is None else ttft_s, e2e_s, output_tokens):
-            self._attained.labels(model, slo_class).inc()
+            found.attained.inc()
+
+    def _labelled(self, model: str, slo_class: str) -> _Finished:
+        by_class = (model, slo_class)
+        return _Finished(
+            self._requests.labels(model, slo_class, "finished"),
+            self._attained.labels(*by_class),
+            self._prompt_tokens.labels(*by_class),
+            self._output_tokens.labels(*by_class),
+            self._ttft.labels(*by_class),
+            self._tpot.labels(*by_class),
+            self._e2e.labels(*by_class),
+        )
 
     def error_answered(self, status: int, code: str | None) -> None:
         """An error went to a client."""

@@ -212,34 +212,34 @@ class CompletionRequest(CommonRequest, frozen=True, kw_only=True):
         return prompts
 
 
-# Field -> values that change nothing. These change the shape of the answer, which the gateway itself writes.
+# Field -> values besides null that change nothing. These change the answer's shape, which the gateway itself writes.
 _SHAPE: dict[str, tuple[object, ...]] = {
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "suffix": (None, ""),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "web_search_options": (None,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
 }
 # These change which tokens are drawn; engines that are given the client's own body may know them.
 _DRAW: dict[str, tuple[object, ...]] = {
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
-    "logit_bias": (None, {}),
-    "min_p": (None, 0),
-    "min_tokens": (None, 0),
-    "stop_token_ids": (None, []),
-    "response_format": (None, {"type": "text"}),
-    "structured_outputs": (None,),
-    "guided_json": (None,),
-    "guided_regex": (None,),
-    "guided_choice": (None,),
-    "guided_grammar": (None,),
-    "continue_final_message": (None, False),
-    "add_generation_prompt": (None, True),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "stop_token_ids": ([],),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "continue_final_message": (False,),
+    "add_generation_prompt": (True,),
 }
 
 
@@ -250,7 +250,8 @@ def check_supported(request: ChatRequest | CompletionRequest, engine_takes_body:
     """
     for table in (_SHAPE,) if engine_takes_body else (_SHAPE, _DRAW):
         for name, neutral in table.items():
-            if getattr(request, name, None) not in neutral:
+            value = getattr(request, name, None)
+            if value is not None and value not in neutral:
                 raise _unsupported(name)
     if isinstance(request, ChatRequest):
         if request.tools and request.tool_choice != "none":

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from hyperflexis.core.record import Record
 from hyperflexis.core.slo import Slo
-from hyperflexis.demo_measure import MULTIPLES, Cost, Idle, promises, sample, window_arrivals
+from hyperflexis.demo_measure import MULTIPLES, Cost, Idle, promises, sample, share_out, window_arrivals
 from hyperflexis.errors import ConfigError
 from hyperflexis.sim.workload import (
     LogNormal,
@@ -37,6 +38,23 @@ def test_promises_are_the_multiples_of_the_idle_latency() -> None:
     assert code.ttft and code.tpot and batch.e2e
     assert found["code"] == Slo(pytest.approx(0.05 * code.ttft), pytest.approx(0.006 * code.tpot))
     assert found["batch"] == Slo(e2e_s=pytest.approx(1.0 * batch.e2e))
+
+
+def test_time_is_shared_out_to_prompts_and_outputs() -> None:
+    # One instance, prompts of 1000 tokens take 0.5 s by the idle slope; ten requests end at 10 s: 1 s each.
+    idle = Idle({"a": 0.05, "b": 0.55}, 0.005, {"a": (100, 10), "b": (1100, 10)})
+    done = [
+        Record(
+            "a", Slo(), 0.0, 1000, 100, "finished", ttft_s=0.5 * (i + 1), e2e_s=5.0 + 0.5 * (i + 1), received_tokens=100
+        )
+        for i in range(10)
+    ]
+    cost = share_out(done, idle, instances=1, in_flight=2)
+    assert cost.prompt_s == pytest.approx(0.0005)
+    assert cost.output_s == pytest.approx(0.005, rel=0.1)
+    # A dearer prompt than there was time for costs all of the time.
+    slow = Idle({"a": 0.05, "b": 5.0}, 0.005, idle.lengths)
+    assert share_out(done, slow, 1, 2).output_s == 0.0
 
 
 def test_a_class_without_multiples_is_refused() -> None:

@@ -1,0 +1,300 @@
+"""The gateway's wire links: one to the controller, one to each instance it was ever sent to.
+
+What is asked of a link is remembered here until it is answered, so that a link's end reaches everyone who waited on
+it. The controller may be away: questions then wait, bounded in number and time, and are asked again once it is back,
+after ``GatewayJoined`` has told it what is in flight. Streams do not pass through it and go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from itertools import count
+from typing import Any, Protocol
+
+from .. import wire
+from ..core.effects import Dispatch, Reject
+from ..core.events import GatewayJoined, OpenRequest, RequestArrived, RequestFinished
+from ..openai_api import ApiError
+
+CONNECT_TIMEOUT_S = 5.0
+SWEEP_S = 0.25
+_log = logging.getLogger(__name__)
+
+
+class Asker(Protocol):
+    """Who waits for a decision of the controller."""
+
+    @property
+    def id(self) -> str:
+        """The request's id, unique in the fleet."""
+
+    def arrival(self) -> RequestArrived:
+        """The question, with its age at this moment."""
+
+    def open_request(self) -> OpenRequest | None:
+        """What is in flight, None while nothing is dispatched."""
+
+    def dispatched(self, dispatch: Dispatch) -> None:
+        """The answer: go there."""
+
+    def rejected(self, reject: Reject) -> None:
+        """The answer: no."""
+
+    def unanswered(self) -> None:
+        """No answer came in time."""
+
+
+class ControllerLink:
+    """The peer of the controller's link."""
+
+    def __init__(
+        self, address: str, gateway: str, token: str, max_waiting: int, wait_s: float, now: Callable[[], float]
+    ) -> None:
+        self._address = address
+        self._gateway = gateway
+        self._token = token
+        self._max_waiting = max_waiting
+        self._wait_s = wait_s
+        self._now = now
+        self._link: wire.Link | None = None
+        self._term = 0
+        self._undecided: dict[str, tuple[Asker, float]] = {}
+        self._dispatched: dict[str, Asker] = {}
+        self.fleet: wire.Fleet | None = None
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the controller is there and has said what the fleet is."""
+        return self._link is not None and self.fleet is not None
+
+    async def run(self) -> None:
+        """Keep the link, and give up on questions that wait too long. Runs until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(wire.keep_connected(self._address, self, self._hello))
+            tasks.create_task(self._sweep())
+
+    def check_room(self) -> None:
+        """Raise ApiError (503) when the controller is away and as many questions wait as may."""
+        if self._link is None and len(self._undecided) >= self._max_waiting:
+            raise ApiError(
+                503,
+                "the controller is away and the queue of requests that wait for it is full",
+                code="controller_unavailable",
+                retry_after_s=2.0,
+            )
+
+    def ask(self, asker: Asker) -> None:
+        """Ask where to send a request; it hears of the answer."""
+        self._dispatched.pop(asker.id, None)
+        self._undecided[asker.id] = (asker, self._now())
+        if self._link is not None:
+            self._link.send(asker.arrival())
+
+    def finished(self, event: RequestFinished) -> None:
+        """The request is over, decided or not. Not repeated to a controller that is away: it is told what is open."""
+        self._undecided.pop(event.id, None)
+        self._dispatched.pop(event.id, None)
+        if self._link is not None:
+            self._link.send(event)
+
+    # wire.Peer
+
+    def link_made(self, link: wire.Link, hello: wire.Hello) -> None:
+        """Tell what is in flight, then ask again what was not answered."""
+        if hello.term < self._term:
+            link.close(f"term {hello.term} is over: the controller of term {self._term} is in charge")
+            return
+        self._term = hello.term
+        self._link = link
+        found = (asker.open_request() for asker in self._dispatched.values())
+        link.send(GatewayJoined(self._gateway, tuple(o for o in found if o is not None)))
+        for asker, _ in list(self._undecided.values()):
+            link.send(asker.arrival())
+
+    def link_lost(self, link: wire.Link, reason: str) -> None:
+        """The controller is away; ``keep_connected`` looks for it."""
+        if link is self._link:
+            self._link = None
+            _log.warning("controller lost: %s", reason)
+
+    def message_received(self, link: wire.Link, message: Any) -> None:
+        """A decision, or news of the fleet."""
+        if link is not self._link:
+            return
+        if isinstance(message, Dispatch):
+            entry = self._undecided.pop(message.request_id, None)
+            if entry is not None:
+                self._dispatched[message.request_id] = entry[0]
+                entry[0].dispatched(message)
+        elif isinstance(message, Reject):
+            entry = self._undecided.pop(message.request_id, None)
+            if entry is not None:
+                entry[0].rejected(message)
+        elif isinstance(message, wire.Fleet):
+            self.fleet = message
+        else:
+            link.close(f"a gateway takes no {type(message).__name__} from a controller")
+
+    def _hello(self) -> wire.Hello:
+        return wire.Hello(wire.VERSION, "gateway", self._gateway, token=self._token)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            oldest = self._now() - self._wait_s
+            # Insertion order is the order of asking: the first young one ends the search.
+            late = []
+            for asker, asked_at in self._undecided.values():
+                if asked_at > oldest:
+                    break
+                late.append(asker)
+            for asker in late:
+                self._undecided.pop(asker.id, None)
+                asker.unanswered()
+
+
+class Reader(Protocol):
+    """Who reads a stream of an instance."""
+
+    def generate(self, stream: int) -> wire.Generate:
+        """The order, with durations that count from now."""
+
+    def tokens(
+        self, now: float, token_ids: list[int], text: str | None, logprobs: list[wire.TokenLogprob] | None
+    ) -> None:
+        """What one iteration gave."""
+
+    def finish(self, finish: wire.Finish) -> None:
+        """The end, from the instance."""
+
+    def instance_lost(self, reason: str) -> None:
+        """The end, without a word."""
+
+
+class InstanceLink:
+    """One instance's link and the streams on it. Opened at the first stream; gone for good when it ends."""
+
+    def __init__(self, owner: InstanceLinks, address: str, instance: str) -> None:
+        self._owner = owner
+        self._address = address
+        self._instance = instance
+        self._link: wire.Link | None = None
+        self._readers: dict[int, Reader] = {}
+        self._numbers = count(1)
+        self._greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._task = asyncio.create_task(self._connect())
+
+    def open(self, reader: Reader) -> int:
+        """Begin a stream, and return its number. It is sent once the link is up."""
+        number = next(self._numbers)
+        self._readers[number] = reader
+        if self._link is not None:
+            self._link.send(reader.generate(number))
+        return number
+
+    def cancel(self, number: int) -> None:
+        """Nobody reads that stream any more."""
+        if self._readers.pop(number, None) is not None and self._link is not None:
+            self._link.send(wire.Cancel(number))
+
+    def close(self) -> None:
+        """Let go of the link; readers are told."""
+        self._task.cancel()
+        if self._link is not None:
+            self._link.close("the gateway stopped")
+        self._end("the gateway stopped")
+
+    async def _connect(self) -> None:
+        hello = self._owner.hello()
+        link: wire.Link | None = None
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                link = await wire.connect(self._address, self, hello)
+                # A peer that says nothing must not hold streams: wait for its hello, or its end, within the limit.
+                await asyncio.wait((self._greeted, link.closed), return_when=asyncio.FIRST_COMPLETED)
+        except (OSError, TimeoutError, ValueError) as error:
+            if link is not None:
+                link.close("no hello came", abort=True)
+            self._end(f"cannot be reached: {error or 'no answer'}")
+            return
+        if self._link is None:
+            self._end("it refused the link")
+
+    def _end(self, reason: str) -> None:
+        self._link = None
+        self._owner.forget(self._address, self)
+        readers, self._readers = self._readers, {}
+        for reader in readers.values():
+            reader.instance_lost(f"instance {self._instance}: {reason}")
+
+    # wire.Peer
+
+    def link_made(self, link: wire.Link, hello: wire.Hello) -> None:
+        """Send what waited for the link."""
+        self._greeted.set_result(None)
+        if hello.role != "instance" or hello.id != self._instance:
+            link.close(f"{self._address} is {hello.role} {hello.id}, not instance {self._instance}")
+            return
+        self._link = link
+        for number, reader in list(self._readers.items()):
+            link.send(reader.generate(number))
+
+    def link_lost(self, link: wire.Link, reason: str) -> None:
+        """All its streams end."""
+        self._end(reason)
+
+    def message_received(self, link: wire.Link, message: Any) -> None:
+        """All tokens of one iteration."""
+        if not isinstance(message, wire.Output):
+            link.close(f"a gateway takes no {type(message).__name__} from an instance")
+            return
+        now = self._owner.now()
+        readers, texts, logprobs = self._readers, message.texts, message.logprobs
+        for i, number in enumerate(message.streams):
+            reader = readers.get(number)
+            if reader is None:
+                continue  # cancelled, with tokens still under way
+            try:
+                reader.tokens(now, message.tokens[i], texts[i] if texts else None, logprobs[i] if logprobs else None)
+            except Exception:
+                # One stream's bad tokens must not end the link of all the others.
+                _log.exception("instance %s sent what cannot be read", self._instance)
+                self.cancel(number)
+                reader.instance_lost(f"instance {self._instance}: sent what cannot be read")
+        for finish in message.finished:
+            reader = readers.pop(finish.stream, None)
+            if reader is not None:
+                reader.finish(finish)
+
+
+class InstanceLinks:
+    """All instance links of this gateway, by address."""
+
+    def __init__(self, gateway: str, token: str, now: Callable[[], float]) -> None:
+        self._gateway = gateway
+        self._token = token
+        self._links: dict[str, InstanceLink] = {}
+        self.now = now
+
+    def link(self, address: str, instance: str) -> InstanceLink:
+        """The link to an instance, opened now if there is none."""
+        link = self._links.get(address)
+        if link is None:
+            link = self._links[address] = InstanceLink(self, address, instance)
+        return link
+
+    def forget(self, address: str, link: InstanceLink) -> None:
+        """The link ended."""
+        if self._links.get(address) is link:
+            del self._links[address]
+
+    def hello(self) -> wire.Hello:
+        """How this gateway presents itself."""
+        return wire.Hello(wire.VERSION, "gateway", self._gateway, token=self._token)
+
+    def close(self) -> None:
+        """End all links."""
+        for link in list(self._links.values()):
+            link.close()
