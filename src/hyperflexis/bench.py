@@ -103,17 +103,17 @@ async def run_bench(
             records.append(task.result())
 
     async with Client(target, seed) as client:
-        started_at = loop.time() + 0.05
+        started_at = time.monotonic() + 0.05
         reporter = asyncio.create_task(_report(records, lags, duration_s, len(arrivals), started_at, show))
         stopping = asyncio.create_task(stop.wait())
         try:
             for index, arrival in enumerate(arrivals):
-                delay = started_at + arrival.t - loop.time()
+                delay = started_at + arrival.t - time.monotonic()
                 if delay > 0.0:
                     await asyncio.wait((stopping,), timeout=delay)
                 if stop.is_set():
                     break
-                lags.append(max(loop.time() - started_at - arrival.t, 0.0))
+                lags.append(max(time.monotonic() - started_at - arrival.t, 0.0))
                 if len(open_tasks) >= MAX_OPEN:
                     records.append(missed(arrival, "failed", f"the client has {MAX_OPEN} requests open; use several"))
                     continue
@@ -123,7 +123,7 @@ async def run_bench(
             if open_tasks:
                 idle.clear()
                 drained = asyncio.create_task(idle.wait())
-                limit_s = started_at + UNFINISHED_AFTER * duration_s - loop.time()
+                limit_s = started_at + UNFINISHED_AFTER * duration_s - time.monotonic()
                 await asyncio.wait((drained, stopping), timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
                 drained.cancel()
             left = dict(open_tasks)
@@ -140,7 +140,7 @@ async def run_bench(
             for helper in helpers:
                 helper.cancel()
             await asyncio.gather(*helpers, return_exceptions=True)
-        ended_s = loop.time() - started_at
+        ended_s = time.monotonic() - started_at
     records.sort(key=lambda record: record.arrived_at)
     run = Run(tuple(records), duration_s if not stop.is_set() else min(duration_s, ended_s), ended_s)
     return BenchResult(run, quantile(lags, 0.99) if lags else 0.0, stop.is_set())
@@ -162,7 +162,7 @@ async def _report(
             counts[record.outcome] = counts.get(record.outcome, 0) + 1
             attained += record.is_attained
         seen = len(records)
-        elapsed = asyncio.get_running_loop().time() - started_at
+        elapsed = time.monotonic() - started_at
         show(
             Progress(
                 elapsed,

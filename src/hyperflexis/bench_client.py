@@ -3,15 +3,16 @@
 Prompts are seeded random token ids where the server takes them, else that many common words; ``ignore_eos`` with
 ``max_tokens`` makes outputs as long as the workload says. Streams are not parsed: the first and last arrival of data
 and the usage figure in the last frames are all that counts, since the client often shares its cores with the engines
-that it measures.
+that it measures. Times are ``time.monotonic``: an event loop's own clock stands still while it works and may tick in
+whole milliseconds.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import re
 import resource
+import time
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -69,12 +70,11 @@ class Client:
         await self._session.close()
 
     async def send(self, arrival: Arrival, index: int, started_at: float) -> Record:
-        """Send one request now and read its answer; ``started_at`` is the loop's time at the start of the run.
+        """Send one request now and read its answer; ``started_at`` is ``time.monotonic()`` at the start.
 
         ``index`` seeds the prompt. Cancelling the task drops the connection and raises CancelledError.
         """
         assert self._session is not None
-        now = asyncio.get_running_loop().time
         due = started_at + arrival.t
         body, headers = self._request(arrival, index)
 
@@ -92,7 +92,7 @@ class Client:
                 instance = response.headers.get("x-hfx-instance", "")
                 content = response.content
                 while data := await content.readany():
-                    last = now()
+                    last = time.monotonic()
                     new = data.count(_FRAME)
                     if first is None and new:
                         first = last
@@ -221,7 +221,7 @@ async def find_target(url: str, model: str | None, keys: Mapping[str, str], clas
     for token_ids, ignore_eos in ((True, True), (False, True), (False, False)):
         target = Target(url, model, keys, token_ids, ignore_eos)
         async with Client(target, seed=0) as client:
-            outcome = await client.send(_probe(""), 0, asyncio.get_running_loop().time())
+            outcome = await client.send(_probe(""), 0, time.monotonic())
             if outcome.outcome == "finished":
                 known = [name for name in classes if await _knows_class(target, name)]
                 return replace(target, classes=frozenset(known))
@@ -233,7 +233,7 @@ async def find_target(url: str, model: str | None, keys: Mapping[str, str], clas
 
 async def _knows_class(target: Target, name: str) -> bool:
     async with Client(replace(target, classes=frozenset({name})), seed=0) as client:
-        record = await client.send(_probe(name), 0, asyncio.get_running_loop().time())
+        record = await client.send(_probe(name), 0, time.monotonic())
         return record.outcome == "finished"
 
 

@@ -71,7 +71,7 @@ class EngineDefaults:
 
 ENGINES = {
     "torch": EngineDefaults("demo.yaml", instances=2, in_flight=16, saturation_s=12.0),
-    "emulated": EngineDefaults("mixed.yaml", instances=4, in_flight=64, saturation_s=15.0),
+    "emulated": EngineDefaults("mixed.yaml", instances=4, in_flight=64, saturation_s=12.0),
 }
 
 
@@ -175,7 +175,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--csv", action="append", default=[], metavar="NAME=FILE", help="read FILE where the workload names NAME")
     add("--load", type=float, default=1.3, help="work that arrives, over what the fleet can do (default: %(default)s)")
     add("--windows", type=int, default=2, metavar="N", help="windows of each policy (default: %(default)s)")
-    add("--window-s", type=float, default=25.0, metavar="S", help="seconds of arrivals in each (default: %(default)s)")
+    add("--window-s", type=float, default=20.0, metavar="S", help="seconds of arrivals in each (default: %(default)s)")
     add("--model-dir", type=Path, metavar="DIR", help="a model directory (default: a 20M model made in OUT)")
     add("--out", type=Path, default=Path("demo-report"), metavar="DIR", help="default: %(default)s")
 
@@ -209,6 +209,14 @@ def main(args: argparse.Namespace) -> int:
         else f"No tokens are computed: instances keep the times of the profile {plan.profile}."
     )
     console.print(f"Seed {plan.seed}. {what}")
+    others = os.getloadavg()[0]
+    if others > 0.25 * machine.num_cores():
+        facts["load average before"] = f"{others:.1f}"
+        console.print(
+            f"Something else keeps this machine busy (load average {others:.1f} on {machine.num_cores()} cores): "
+            "latencies measured now will not hold later. Better figures come from an idle machine.",
+            style="yellow",
+        )
     model = _model(plan, args.model_dir, console)
     fleets = [FleetProcess(policy, plan.out / "fleets" / policy, model, plan.workload) for policy in plan.policies]
     try:
@@ -366,6 +374,7 @@ def _report(
         },
         str(plan.out / "summary.json"),
     )
+    write_json(runs, str(plan.out / "records.json"))
     described = {
         "workload": workload.name,
         "seed": str(plan.seed),

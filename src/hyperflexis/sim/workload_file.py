@@ -1,0 +1,298 @@
+"""Reading workload files: YAML and csv text in, frozen values out, every mistake named with its line and remedy.
+
+Files named by the workload are read through a function that the caller passes in: nothing here touches a disk.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from math import isfinite
+
+import yaml
+
+from ..core.slo import Slo
+from ..errors import ConfigError
+from .workload import (
+    Arrivals,
+    Lengths,
+    LogNormal,
+    Phase,
+    RateArrivals,
+    StatisticalLengths,
+    TableLengths,
+    TraceArrivals,
+    TraceRow,
+    Workload,
+    WorkloadClass,
+    share_tables,
+)
+
+ReadFile = Callable[[str], str]
+"""Gives the text of a file named in a workload; raises OSError when it cannot be read."""
+
+
+class _Field:
+    """A place in the file: its node, its dotted name, and errors that say where it is."""
+
+    def __init__(self, node: yaml.Node, name: str, file: str) -> None:
+        self.node, self.name, self.file = node, name, file
+
+    def error(self, message: str) -> ConfigError:
+        where = f"{self.file}:{self.node.start_mark.line + 1}"
+        return ConfigError(f"{where}: {self.name}: {message}" if self.name else f"{where}: {message}")
+
+    def fields(self, known: Sequence[str], required: Sequence[str] = ()) -> dict[str, _Field]:
+        """The keys of a mapping. Refuses others, doubles, and missing ones."""
+        if not isinstance(self.node, yaml.MappingNode):
+            raise self.error(f"must be a mapping with the keys {', '.join(known)}")
+        found: dict[str, _Field] = {}
+        for key_node, value_node in self.node.value:
+            key = str(key_node.value)
+            field = _Field(value_node, f"{self.name}.{key}" if self.name else key, self.file)
+            at_key = _Field(key_node, field.name, self.file)
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+                raise at_key.error(f"unknown key; {hint}")
+            if key in found:
+                raise at_key.error("given twice; keep one")
+            found[key] = field
+        for key in required:
+            if key not in found:
+                raise self.error(f"{key!r} is missing; add it")
+        return found
+
+    def pairs(self) -> list[tuple[str, _Field]]:
+        """A mapping with free keys."""
+        if not isinstance(self.node, yaml.MappingNode):
+            raise self.error("must be a mapping")
+        return [(str(k.value), _Field(v, f"{self.name}.{k.value}", self.file)) for k, v in self.node.value]
+
+    def items(self) -> list[_Field]:
+        if not isinstance(self.node, yaml.SequenceNode) or not self.node.value:
+            raise self.error("must be a list with at least one entry")
+        return [_Field(node, f"{self.name}[{i}]", self.file) for i, node in enumerate(self.node.value)]
+
+    def number(self, minimum: float, maximum: float = 1e12, exclusive: bool = False) -> float:
+        """A finite number of at least (above, when ``exclusive``) ``minimum``."""
+        try:
+            value = float(self.node.value) if isinstance(self.node, yaml.ScalarNode) else float("nan")
+        except ValueError:
+            value = float("nan")
+        low = value > minimum if exclusive else value >= minimum
+        if not isfinite(value) or not low or value > maximum:
+            bound = f"above {minimum:g}" if exclusive else f"of at least {minimum:g}"
+            given = repr(self.node.value) if isinstance(self.node, yaml.ScalarNode) else "a list or mapping"
+            raise self.error(
+                f"must be a number {bound}" + (f" up to {maximum:g}" if maximum < 1e12 else "") + f", not {given}"
+            )
+        return value
+
+    def whole(self, minimum: int, maximum: int = 1 << 40) -> int:
+        value = self.number(minimum, maximum)
+        if value != int(value):
+            raise self.error(f"must be a whole number, not {value:g}")
+        return int(value)
+
+    def text(self) -> str:
+        if not isinstance(self.node, yaml.ScalarNode) or not str(self.node.value).strip():
+            raise self.error("must be a text")
+        return str(self.node.value)
+
+
+def parse_workload(text: str, name: str, read: ReadFile) -> Workload:
+    """The workload in ``text``.
+
+    ``name`` is the file's name for messages; ``read`` gives the text of the csv files it names. Raises ConfigError
+    naming file, line, field and remedy.
+    """
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{name}:{line}: not YAML: {error.problem}") from None
+    if node is None:
+        raise ConfigError(f"{name}: the file is empty; it needs duration_s, arrivals and classes")
+    reader = _Reader(name, read)
+    top = _Field(node, "", name).fields(
+        ("seed", "duration_s", "max_context", "arrivals", "classes", "phases"), required=("duration_s", "classes")
+    )
+    arrivals = reader.arrivals(top["arrivals"]) if "arrivals" in top else None
+    classes = tuple(reader.workload_class(field, arrivals) for field in top["classes"].items())
+    names = [c.name for c in classes]
+    for index, given in enumerate(names):
+        if given in names[:index]:
+            raise top["classes"].items()[index].error(f"a second class named {given!r}; give it another name")
+    shared = {c.name for c in classes if c.arrivals is None}
+    if shared and arrivals is None:
+        raise top["classes"].error(f"class {min(shared)!r} has no arrivals; add them there or for the whole workload")
+    if arrivals is not None and not shared:
+        raise top["arrivals"].error("every class has its own arrivals; remove these or those of one class")
+    if shared and sum(c.share for c in classes) <= 0.0:
+        raise top["classes"].error("all shares are 0; give at least one class a positive share")
+    phases = tuple(reader.phase(field, shared) for field in top["phases"].items()) if "phases" in top else ()
+    if any(a.at_s >= b.at_s for a, b in pairwise(phases)):
+        raise top["phases"].error("at_s must grow from phase to phase; sort them")
+    starts, tables = share_tables([c for c in classes if c.arrivals is None], phases)
+    for start, table in zip(starts, tables, strict=True):
+        if table and table[-1] <= 0.0:
+            raise top["phases"].error(f"all shares are 0 from second {start:g} on; give one class a positive share")
+    return Workload(
+        name=name.rsplit("/", 1)[-1],
+        seed=top["seed"].whole(0) if "seed" in top else 0,
+        duration_s=top["duration_s"].number(0.0, 1e7, exclusive=True),
+        max_context=top["max_context"].whole(2) if "max_context" in top else None,
+        arrivals=arrivals,
+        classes=classes,
+        phases=phases,
+    )
+
+
+class _Reader:
+    """Builds the parts of a workload; reads each csv file once."""
+
+    def __init__(self, file: str, read: ReadFile) -> None:
+        self._file, self._read = file, read
+        self._tables: dict[tuple[str, bool], tuple[TraceRow, ...]] = {}
+
+    def table(self, field: _Field, path: str, timed: bool) -> tuple[TraceRow, ...]:
+        key = (path, timed)
+        if key not in self._tables:
+            try:
+                text = self._read(path)
+            except (OSError, UnicodeDecodeError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise field.error(f"cannot read {path}: {reason}; give a csv file relative to {self._file}") from None
+            self._tables[key] = parse_table(text, path, timed)
+        return self._tables[key]
+
+    def arrivals(self, field: _Field) -> Arrivals:
+        keys = field.fields(("trace", "start_s", "rate_scale", "copies", "jitter_s", "rate_rps", "steps", "cv"))
+        kinds = [kind for kind in ("trace", "rate_rps", "steps") if kind in keys]
+        if len(kinds) != 1:
+            raise field.error("needs exactly one of trace, rate_rps and steps")
+        foreign = {"start_s", "rate_scale", "copies", "jitter_s"} if kinds != ["trace"] else {"cv"}
+        for key in sorted(foreign & keys.keys()):
+            raise keys[key].error(f"has no meaning with {kinds[0]}; remove it")
+        if kinds == ["trace"]:
+            return self._trace_arrivals(keys)
+        cv = keys["cv"].number(0.0, 100.0, exclusive=True) if "cv" in keys else 1.0
+        if kinds == ["rate_rps"]:
+            return RateArrivals(((0.0, keys["rate_rps"].number(0.0, 1e6, exclusive=True)),), cv)
+        steps: list[tuple[float, float]] = []
+        for step in keys["steps"].items():
+            pair = step.items()
+            if len(pair) != 2:
+                raise step.error("must be [from second, requests per second]")
+            steps.append((pair[0].number(0.0), pair[1].number(0.0, 1e6)))
+            if len(steps) == 1 and steps[0][0] != 0.0:
+                raise step.error("the first step must start at second 0")
+            if len(steps) > 1 and steps[-1][0] <= steps[-2][0]:
+                raise step.error("must start after the step before it")
+        return RateArrivals(tuple(steps), cv)
+
+    def _trace_arrivals(self, keys: dict[str, _Field]) -> TraceArrivals:
+        path = keys["trace"].text()
+        ordered = sorted(self.table(keys["trace"], path, timed=True), key=lambda row: row.t)
+        rows = tuple(replace(row, t=row.t - ordered[0].t) for row in ordered)
+        if rows[-1].t <= 0.0:
+            raise keys["trace"].error(f"{path} needs at least two rows at different times")
+        start_s = keys["start_s"].number(0.0) if "start_s" in keys else 0.0
+        if start_s >= rows[-1].t:
+            raise keys["start_s"].error(f"is past the end of the trace ({rows[-1].t:.0f} s)")
+        copies = keys["copies"].whole(1, 10_000) if "copies" in keys else 1
+        jitter_s = keys["jitter_s"].number(0.0) if "jitter_s" in keys else 0.0
+        if copies > 1 and jitter_s == 0.0:
+            raise keys["copies"].error("copies arrive at the same instants; set jitter_s above 0")
+        rate_scale = keys["rate_scale"].number(0.0, exclusive=True) if "rate_scale" in keys else 1.0
+        return TraceArrivals(path, rows, start_s, rate_scale, copies, jitter_s)
+
+    def workload_class(self, field: _Field, shared: Arrivals | None) -> WorkloadClass:
+        known = ("name", "share", "ttft_ms", "tpot_ms", "e2e_ms", "priority", "lengths", "arrivals", "tenant", "model")
+        keys = field.fields(known, required=("name",))
+
+        def seconds(key: str) -> float | None:
+            return keys[key].number(0.0, 1e9, exclusive=True) / 1000.0 if key in keys else None
+
+        arrivals = self.arrivals(keys["arrivals"]) if "arrivals" in keys else None
+        if arrivals is not None and "share" in keys:
+            raise keys["share"].error("a class with arrivals of its own takes no share; remove one of the two")
+        if arrivals is None and "share" not in keys:
+            raise field.error("'share' is missing; add it, or arrivals of its own")
+        lengths = self.lengths(keys["lengths"]) if "lengths" in keys else None
+        if lengths is None and not isinstance(arrivals or shared, TraceArrivals):
+            raise field.error("'lengths' is missing; only a trace brings its own")
+        return WorkloadClass(
+            name=keys["name"].text(),
+            slo=Slo(seconds("ttft_ms"), seconds("tpot_ms"), seconds("e2e_ms")),
+            share=keys["share"].number(0.0, 1e9) if "share" in keys else 0.0,
+            priority=keys["priority"].number(0.0, 1e6, exclusive=True) if "priority" in keys else 1.0,
+            lengths=lengths,
+            arrivals=arrivals,
+            tenant=keys["tenant"].text() if "tenant" in keys else "",
+            model=keys["model"].text() if "model" in keys else "",
+        )
+
+    def lengths(self, field: _Field) -> Lengths:
+        if isinstance(field.node, yaml.ScalarNode):
+            path = field.text()
+            return TableLengths(path, self.table(field, path, timed=False))
+        keys = field.fields(("prompt", "output"), required=("prompt", "output"))
+        return StatisticalLengths(self.log_normal(keys["prompt"]), self.log_normal(keys["output"]))
+
+    def log_normal(self, field: _Field) -> LogNormal:
+        if isinstance(field.node, yaml.ScalarNode):
+            count = field.whole(1, 1 << 20)
+            return LogNormal(count, 0.0, count, count)
+        inner = field.fields(("lognormal",), required=("lognormal",))["lognormal"]
+        keys = inner.fields(("median", "sigma", "min", "max"), required=("median", "sigma"))
+        minimum = keys["min"].whole(1, 1 << 20) if "min" in keys else 1
+        maximum = keys["max"].whole(1, 1 << 20) if "max" in keys else 1 << 20
+        if minimum > maximum:
+            raise keys["max"].error(f"is below min ({minimum}); raise it")
+        return LogNormal(keys["median"].number(1.0, 1 << 20), keys["sigma"].number(0.0, 10.0), minimum, maximum)
+
+    def phase(self, field: _Field, shared: set[str]) -> Phase:
+        keys = field.fields(("at_s", "shares"), required=("at_s", "shares"))
+        shares: list[tuple[str, float]] = []
+        for name, share in keys["shares"].pairs():
+            if name not in shared:
+                raise share.error(f"no class of that name takes a share; classes that do: {', '.join(sorted(shared))}")
+            shares.append((name, share.number(0.0, 1e9)))
+        return Phase(keys["at_s"].number(0.0, exclusive=True), tuple(shares))
+
+
+def parse_table(text: str, path: str, timed: bool) -> tuple[TraceRow, ...]:
+    """The rows of a csv with columns prompt_tokens, output_tokens, and, when ``timed``, t in seconds; optionally
+    hash_ids (numbers apart by spaces) and session. Other columns are left alone. Outputs of 0 count as 1 (the
+    first token is always computed). Raises ConfigError naming file, line and column."""
+    reader = csv.DictReader(io.StringIO(text))
+    needed = ("t", "prompt_tokens", "output_tokens") if timed else ("prompt_tokens", "output_tokens")
+    missing = [column for column in needed if column not in (reader.fieldnames or ())]
+    if missing:
+        raise ConfigError(f"{path}:1: column {missing[0]!r} is missing; the header needs {', '.join(needed)}")
+    rows: list[TraceRow] = []
+    for cells in reader:
+        try:
+            row = TraceRow(
+                float(cells["t"]) if timed else 0.0,
+                max(int(cells["prompt_tokens"]), 1),
+                max(int(cells["output_tokens"]), 1),
+                tuple(int(h) for h in (cells.get("hash_ids") or "").split()),
+                cells.get("session") or "",
+            )
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{path}:{reader.line_num}: {error}; every row needs numbers in {', '.join(needed)}"
+            ) from None
+        if not isfinite(row.t):
+            raise ConfigError(f"{path}:{reader.line_num}: t must be a finite number of seconds")
+        rows.append(row)
+    if not rows:
+        raise ConfigError(f"{path}: no rows below the header")
+    return tuple(rows)
