@@ -7,7 +7,7 @@
     5. run windows: each policy gets the same arrivals, one after the other, in turns first (A B, B A, ...)
     6. one table, JSON, plots and a page
 
-The multiples are chosen for what the classes mean, before any run, and are the same for every policy and seed.
+The multiples follow from what the classes mean, and are the same for every policy, seed and machine.
 Only one fleet is loaded at a time; the other sleeps and costs no CPU. This process is the client and nothing else.
 """
 

@@ -33,15 +33,12 @@ class Multiples:
     e2e: float | None = None
 
 
-# A person who types waits for a completion: five times the bare latency is what an accelerator's 30 ms becomes under
-# the usual promise of 150 to 200 ms. A chat may start in ten times that, a document's summary too, since its bare
-# latency is long already. Tokens come at eight times the bare step, as 40 to 50 ms do where the bare step is 6; a CPU
-# needs that more, as its step grows sixfold from 1 to 32 requests where an accelerator's hardly grows. Batch promises
-# its end.
+# First tokens within ten times the bare latency, the usual scale of serving studies; tokens at six times the bare step,
+# which is how much a CPU's step grows from 1 to 32 requests (nobody reads along with a summary). Batch promises its end.
 MULTIPLES = {
-    "code": Multiples(ttft=5.0, tpot=8.0),
-    "chat": Multiples(ttft=10.0, tpot=8.0),
-    "summary": Multiples(ttft=10.0, tpot=12.0),
+    "code": Multiples(ttft=10.0, tpot=6.0),
+    "chat": Multiples(ttft=10.0, tpot=6.0),
+    "summary": Multiples(ttft=10.0, tpot=10.0),
     "batch": Multiples(e2e=25.0),
 }
 PROBES = 3  # of each class on each fleet

@@ -24,7 +24,8 @@ from .order import Item, by_deadline, on_time_subset
 MIN_CHUNK = 32
 """Smallest chunk worth a place in an iteration, unless it finishes its prompt: a sliver costs more than it brings."""
 PACE_MARGIN = 0.95
-"""A steady decode iteration may take this share of the tightest pace."""
+"""A steady decode iteration may take this share of the tightest pace; less for a request of lesser value than others
+here (by the square root of the ratio), since what it fills for seconds is missing when a more valuable one comes."""
 LATE_KV_SHARE = 0.3
 """Late requests are started only while less than this share of the KV cache is in use, so that they do not fill it."""
 STARVING_S = 60.0
@@ -180,6 +181,7 @@ class _Admission:
         latency: Coefficients,
         limits: StepLimits,
     ) -> None:
+        self._top = max([job.value for job in decodes] + [job.value for job in jobs])
         self._pace = min((job.pace_s for job in decodes if not budget.is_lost(job, now, decode_s)), default=inf)
         self._batch = len(decodes)
         self._holding = len(decodes) + sum(job.started for job in jobs)
@@ -210,7 +212,8 @@ class _Admission:
             return False
         if late and limits.kv_capacity_tokens - self._free > LATE_KV_SHARE * limits.kv_capacity_tokens:
             return False
-        return self._latency.decode_s(self._batch + 1, context) <= PACE_MARGIN * pace
+        margin = PACE_MARGIN * (job.value / self._top) ** 0.5
+        return self._latency.decode_s(self._batch + 1, context) <= margin * pace
 
 
 def victim(now: float, jobs: Collection[J]) -> J:

@@ -84,6 +84,14 @@ def test_no_request_starts_that_would_break_a_promised_pace():
     assert step.plan(0.0, [newcomer], running[:5], MODEL, LIMITS).prefills
 
 
+def test_the_less_valuable_leave_room_in_the_batch_for_the_more_valuable():
+    running = [Request(f"d{i}", next_due=10.0, pace_s=0.020, value=4.0, computed=10) for i in range(5)]
+    assert step.plan(0.0, [Request("dear", 100, next_due=5.0, value=4.0)], running, MODEL, LIMITS).prefills
+    assert not step.plan(0.0, [Request("cheap", 100, next_due=5.0, value=1.0)], running, MODEL, LIMITS).prefills
+    alone = [Request(f"d{i}", next_due=10.0, pace_s=0.020, value=1.0, computed=10) for i in range(5)]
+    assert step.plan(0.0, [Request("cheap", 100, next_due=5.0, value=1.0)], alone, MODEL, LIMITS).prefills
+
+
 def test_kv_and_batch_limits_hold():
     full = step.StepLimits(max_batch=2, max_batch_tokens=8192, kv_capacity_tokens=1000, kv_free_tokens=150)
     running = [Request("d", next_due=inf, computed=850)]
