@@ -41,8 +41,8 @@ MAX_ATTEMPTS = 3
 @dataclass(frozen=True, slots=True)
 class ControllerConfig:
     """``policy`` is a name of policy/catalog.py; with ``observe``, requests go round robin and each decision of
-    ``policy`` is only noted. ``models`` are the names that the fleet serves. Beyond ``max_backlog_s`` predicted seconds
-    of queue on the best instance a request is refused with 429."""
+    ``policy`` is only noted. ``models`` are the names that the fleet serves. When every instance has more than
+    ``max_backlog_s`` seconds of prompts to compute, a request is refused with 429."""
 
     models: tuple[str, ...]
     policy: str = "hyperflexis"
@@ -113,11 +113,11 @@ class Controller:
             return self._reject(tracked, "attempts_exhausted", message)
         if not ready:
             return self._reject(tracked, "no_instance_ready", f"no instance of {request.model!r} is ready", 2.0)
+        backlog_s = min(instance.prefill_s for instance in ready)
+        if backlog_s > self.config.max_backlog_s:
+            message = f"the shortest queue is {backlog_s:.0f} s long (limit {self.config.max_backlog_s:.0f} s)"
+            return self._reject(tracked, "overloaded", message, max(backlog_s - self.config.max_backlog_s, 1.0))
         placement, decision = self._decide(now, tracked, ready)
-        queue_s = placement.predicted_ttft_s - event.age_s
-        if queue_s > self.config.max_backlog_s:
-            message = f"the shortest queue is {queue_s:.0f} s long (limit {self.config.max_backlog_s:.0f} s)"
-            return self._reject(tracked, "overloaded", message, max(queue_s - self.config.max_backlog_s, 1.0))
         if request.fail_fast and not placement.on_time:
             promised_s = tracked.first_due - tracked.arrived_at
             message = (

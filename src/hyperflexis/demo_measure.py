@@ -34,7 +34,8 @@ class Multiples:
 
 
 # First tokens within ten times the bare latency, the usual scale of serving studies; tokens at six times the bare step,
-# which is how much a CPU's step grows from 1 to 32 requests (nobody reads along with a summary). Batch promises its end.
+# which is how much a CPU's step grows from 1 to 32 requests (nobody reads along with a summary). Batch promises
+# its end.
 MULTIPLES = {
     "code": Multiples(ttft=10.0, tpot=6.0),
     "chat": Multiples(ttft=10.0, tpot=6.0),

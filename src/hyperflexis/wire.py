@@ -92,8 +92,9 @@ class Cancel(msgspec.Struct, frozen=True):
 
 
 class Finish(msgspec.Struct, frozen=True, array_like=True):
-    """A stream's end. ``reason``: stop, length, cancelled, refused (nothing was computed; send it elsewhere) or
-    error. ``num_prompt_tokens`` and ``num_output_tokens`` are the engine's own counts."""
+    """A stream's end. ``reason``: stop, length, cancelled, refused (nothing was computed; send it elsewhere), invalid
+    (no instance can serve it as it is) or error. ``num_prompt_tokens`` and ``num_output_tokens`` are the engine's own
+    counts."""
 
     stream: int
     reason: str

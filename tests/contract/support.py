@@ -67,7 +67,7 @@ class Driver:
             stream.text += emission.text or ""
             stream.logprobs += emission.logprobs or []
             if emission.finish is not None:
-                assert emission.finish in ("stop", "length", "cancelled", "refused", "error")
+                assert emission.finish in ("stop", "length", "cancelled", "refused", "invalid", "error")
                 stream.end = emission
             stream.moved.set()
 

@@ -116,10 +116,10 @@ async def test_cancel_of_an_ended_stream_is_silent(driver: Driver) -> None:
     assert driver.streams[key].end.finish == "length"
 
 
-async def test_a_prompt_beyond_the_context_is_an_error_that_says_so(driver: Driver) -> None:
+async def test_a_prompt_beyond_the_context_is_invalid_and_says_so(driver: Driver) -> None:
     stream = await driver.run([65] * (CONTEXT + 1), 4)
     assert stream.end is not None
-    assert stream.end.finish == "error"
+    assert stream.end.finish == "invalid"
     assert str(CONTEXT) in stream.end.message
     assert not stream.tokens and not stream.text
     assert settled(driver)

@@ -106,6 +106,15 @@ async def test_an_instance_that_is_not_there_or_not_who_it_should_be(two: Site, 
     assert (await soon(answer)).headers["x-hfx-instance"] == "i1"
 
 
+async def test_a_request_that_no_engine_can_serve_is_the_clients_fault_and_not_tried_again(two: Site) -> None:
+    answer = two.post(CHAT)
+    (await two.stream()).finish("invalid")
+    found = await soon(answer)
+    assert (found.status_code, found.json()["error"]["code"]) == (400, "invalid_request")
+    assert (await soon(two.fleet.asked.get())).attempt == 0
+    assert two.fleet.asked.empty()
+
+
 async def test_an_engines_error_is_final_and_clear(two: Site) -> None:
     answer = two.post(STREAM)
     (await two.stream()).finish("error")

@@ -78,6 +78,15 @@ def test_an_earlier_deadline_overtakes_a_long_queue_in_the_prediction():
     assert decision.load_s == pytest.approx(3.2, rel=0.1)
 
 
+def test_a_prediction_passes_over_requests_that_are_late_anyway():
+    c = controller(instances=1)
+    for k in range(5):
+        ask(c, request(f"late{k}", prompt=8000, ttft_s=0.1))
+    decision = ask(c, request("ok", prompt=500, ttft_s=1.0)).decision
+    assert decision.on_time
+    assert decision.predicted_ttft_s < 0.2
+
+
 def test_hopeless_requests_are_demoted_or_refused_as_the_client_chose():
     c = controller(instances=1)
     dispatched = ask(c, request("r", prompt=8000, ttft_s=0.1))
@@ -96,6 +105,7 @@ def test_refusals_say_why():
         ask(c, request(f"r{k}", prompt=8000))
     overloaded = ask(c, request("o", prompt=8000))
     assert overloaded.reason == "overloaded" and overloaded.retry_after_s >= 1.0
+    assert "o" not in c.cluster.requests
     assert ask(controller(instances=0), request("n")).reason == "no_instance_ready"
 
 

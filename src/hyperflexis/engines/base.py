@@ -35,7 +35,8 @@ class EngineInfo:
 class Emission:
     """What one stream produced in one iteration. ``key`` is what ``generate`` was given.
 
-    Exactly one emission of a stream has ``finish`` set (stop, length, cancelled, refused, error) and it is the last.
+    Exactly one emission of a stream has ``finish`` set (stop, length, cancelled, refused, invalid,
+    error) and it is the last.
     The token that stopped a text (end of text, a stop token) is counted in ``num_output_tokens`` and not among
     ``token_ids``.
     """
@@ -80,7 +81,8 @@ class Engine(Protocol):
 
     def generate(self, key: object, request: Generate) -> None:
         """Begin a stream; emissions with ``key`` follow. A request that cannot be served (too long for the context
-        or the KV cache, draining) is answered by one emission that finishes with ``refused`` or ``error``."""
+        or the KV cache) is answered by one emission that finishes with ``invalid``, one that another instance may take
+        (this one drains or is full) with ``refused``."""
 
     def cancel(self, key: object) -> None:
         """End a stream and free its KV by the next iteration. Emits ``cancelled`` once, or nothing if it had ended."""

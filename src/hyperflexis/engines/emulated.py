@@ -154,7 +154,7 @@ class EmulatedEngine:
             seq = sequence_of(request, now, _Stream(key, sampling, crc32(request.token_ids, seed)))
             self._batcher.add(seq, now)
         except (RequestTooLong, ProtocolError, ValueError) as error:
-            self._emit([Emission(key, [], finish="error", message=str(error))])
+            self._emit([Emission(key, [], finish="invalid", message=str(error))])
             return
         self._streams[key] = seq
         if self._batch is None and self._timer is None and not self._hung:

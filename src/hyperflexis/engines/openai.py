@@ -43,6 +43,9 @@ WINDOW = 8
 BYTES_PER_TOKEN = 4
 """Of a prompt whose ids are not known, until the server tells; English text has about four."""
 MAX_ERROR_BYTES = 1 << 16
+HTTP_FINISH = {429: "refused", 503: "refused", 400: "invalid", 413: "invalid", 422: "invalid"}
+"""How a server's status ends a stream: busy or starting, so another instance may do; the request's own fault; all else
+is an error of the server."""
 FALLBACK_CONTEXT = 131_072
 """For servers that do not tell theirs. Large, since the server itself refuses what is too long."""
 FALLBACK_LATENCY = Coefficients(0.015, 5e-5, 2e-9, 5e-5, 5e-8, 0.5)
@@ -192,7 +195,7 @@ class OpenAIEngine:
         try:
             path, body = self._request(request)
         except (ProtocolError, msgspec.DecodeError) as error:
-            self._sink([Emission(key, [], finish="error", message=f"the request's body cannot be sent on: {error}")])
+            self._sink([Emission(key, [], finish="invalid", message=f"the request's body cannot be sent on: {error}")])
             return
         now = self._clock()
         running = [stream for stream in self._streams.values() if stream.first_at is not None]
@@ -404,8 +407,7 @@ class OpenAIEngine:
             async with self._session.post(f"{self._url}{path}", data=body, headers=headers) as answer:
                 if answer.status != 200:
                     message = error_message(await answer.content.read(MAX_ERROR_BYTES)) or f"status {answer.status}"
-                    # Busy or starting: another instance may do. All else is the request's or the server's own fault.
-                    self._finish(stream, "refused" if answer.status in (429, 503) else "error", message)
+                    self._finish(stream, HTTP_FINISH.get(answer.status, "error"), message)
                 elif answer.content_type != "text/event-stream":
                     self._finish(stream, "error", f"the server answered with {answer.content_type}, not with a stream")
                 else:

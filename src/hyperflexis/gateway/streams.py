@@ -332,6 +332,8 @@ class Choice:
                 if self._first_at is None and finish.num_output_tokens:
                     self._first_at = self._services.now()
                 self._finish(reason, rest)
+            case "invalid":
+                self._answer.fail(api.ApiError(400, finish.message, code="invalid_request"))
             case "error":
                 message = f"the engine failed: {finish.message}"
                 self._answer.fail(api.ApiError(500, message, code="engine_error"))

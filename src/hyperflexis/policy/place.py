@@ -13,11 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from heapq import nsmallest
-from math import inf
 
 from ..core.cluster import TrackedInstance, TrackedRequest
 from .budget import CAP_S
-from .order import Item, by_deadline, on_time_value
+from .order import Item, by_deadline, on_time_subset, on_time_value
 
 MAX_CANDIDATES = 8
 """How many of the least loaded are looked at closely."""
@@ -107,14 +106,12 @@ def _evaluate(now: float, tracked: TrackedRequest, instance: TrackedInstance, ca
     mine = item_of(tracked, work_s)
     queue = queue_of(instance)
     start = now + latency.c0
-    on_time = work_s <= (mine.due - start) * share if mine.due < inf else True
-    if queue and on_time:
-        with_mine = by_deadline([*queue, mine])
-        gain = on_time_value(with_mine, start, share) - on_time_value(queue, start, share)
-        on_time = gain > 0.0
-    else:
-        gain = request.value if on_time else 0.0
-    before_s = sum(item.work_s for item in queue if item.due <= mine.due)
+    # Late requests are served last, so only those that can be kept stand in front of one that can.
+    kept = on_time_subset(by_deadline([*queue, mine]), start, share)
+    on_time = mine in kept
+    gain = sum(item.value for item in kept) - on_time_value(queue, start, share)
+    ahead = kept if on_time else queue
+    before_s = sum(item.work_s for item in ahead if item.due <= mine.due and item is not mine)
     ttft_s = now - tracked.arrived_at + latency.c0 + (before_s + work_s) / share
     context = instance.kv_tokens + tracked.context_tokens
     step_s = latency.decode_s(instance.num_decodes + len(queue) + 1, context)

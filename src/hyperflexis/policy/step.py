@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from math import inf
+from math import inf, sqrt
 from typing import Generic, Protocol, TypeVar
 
 from ..core.latency import Coefficients
@@ -212,7 +212,7 @@ class _Admission:
             return False
         if late and limits.kv_capacity_tokens - self._free > LATE_KV_SHARE * limits.kv_capacity_tokens:
             return False
-        margin = PACE_MARGIN * (job.value / self._top) ** 0.5
+        margin = PACE_MARGIN * sqrt(job.value / self._top)
         return self._latency.decode_s(self._batch + 1, context) <= margin * pace
 
 

@@ -94,7 +94,8 @@ async def test_the_token_that_stopped_the_server_is_counted_and_left_out(server:
 
 
 @pytest.mark.parametrize(
-    ("status", "finish"), [(429, "refused"), (503, "refused"), (400, "error"), (404, "error"), (500, "error")]
+    ("status", "finish"),
+    [(429, "refused"), (503, "refused"), (400, "invalid"), (422, "invalid"), (404, "error"), (500, "error")],
 )
 async def test_an_http_error_keeps_its_message(server: OpenAIServer, status: int, finish: str) -> None:
     async with driven(engine(server)) as driver:

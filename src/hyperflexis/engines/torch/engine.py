@@ -115,7 +115,7 @@ class TorchEngine:
                 raise ProtocolError(f"token id {max(seq.token_ids)} is outside the vocabulary of {self._vocab_size}")
             self._batcher.add(seq, now)
         except (RequestTooLong, ProtocolError, ValueError) as error:
-            self._sink([Emission(key, [], finish="error", message=str(error))])
+            self._sink([Emission(key, [], finish="invalid", message=str(error))])
             return
         self._streams[key] = seq
         self._wake.set()

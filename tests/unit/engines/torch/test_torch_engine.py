@@ -103,7 +103,7 @@ async def test_a_token_outside_the_vocabulary_harms_only_its_own_request(small_m
         client.send("good", greedy(20))
         client.send("bad", greedy(20), [5, 1024])
         bad = await client.ended("bad")
-        assert bad.finish == "error" and "1024" in bad.message
+        assert bad.finish == "invalid" and "1024" in bad.message
         assert (await client.ended("good")).finish == "length"
 
 
@@ -148,7 +148,7 @@ async def test_the_same_request_id_twice_at_once_is_an_error_of_the_second(small
     async with started(small_model) as client:
         client.send("a", greedy(30))
         client.engine.generate("b", Generate(2, "a", 1, pack_ids(PROMPT), greedy(5)))
-        assert (await client.ended("b")).finish == "error"
+        assert (await client.ended("b")).finish == "invalid"
         assert (await client.ended("a")).finish == "length"
         assert len(client.tokens("a")) == 30
 
