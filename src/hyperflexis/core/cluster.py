@@ -65,8 +65,8 @@ class TrackedRequest:
 class TrackedInstance:
     """An instance and the totals of the requests bound to it.
 
-    ``prefill_s``: seconds of prompt work; ``num_decodes`` and ``kv_tokens``: requests past their prompt and the
-    context of all bound ones; ``min_pace_s``: the tightest pace that still can be kept.
+    ``prefill_s``: seconds of prompt work; ``num_decodes`` and ``decode_kv_tokens``: requests past their prompt and
+    their context; ``kv_tokens``: context of all bound ones; ``min_pace_s``: the tightest pace that still can be kept.
     """
 
     info: InstanceInfo
@@ -76,6 +76,7 @@ class TrackedInstance:
     requests: dict[str, TrackedRequest] = field(default_factory=dict)
     prefill_s: float = 0.0
     num_decodes: int = 0
+    decode_kv_tokens: float = 0.0
     kv_tokens: float = 0.0
     min_pace_s: float = inf
 
@@ -99,7 +100,9 @@ class TrackedInstance:
         self.requests[tracked.request.id] = tracked
         self.prefill_s += self._work_s(tracked)
         self.kv_tokens += tracked.context_tokens
-        self.num_decodes += tracked.remaining_prefill == 0
+        if tracked.remaining_prefill == 0:
+            self.num_decodes += 1
+            self.decode_kv_tokens += tracked.context_tokens
         if not tracked.missed_first:
             self.min_pace_s = min(self.min_pace_s, tracked.pace_s)
 
@@ -109,7 +112,9 @@ class TrackedInstance:
             return
         self.prefill_s = max(self.prefill_s - self._work_s(tracked), 0.0)
         self.kv_tokens = max(self.kv_tokens - tracked.context_tokens, 0.0)
-        self.num_decodes -= tracked.remaining_prefill == 0
+        if tracked.remaining_prefill == 0:
+            self.num_decodes -= 1
+            self.decode_kv_tokens = max(self.decode_kv_tokens - tracked.context_tokens, 0.0)
         if tracked.pace_s <= self.min_pace_s:
             self._refresh_pace()
 
@@ -127,7 +132,9 @@ class TrackedInstance:
             tracked.output_tokens = max(tracked.output_tokens, progress.output_tokens)
         self.prefill_s = sum(self._work_s(tracked) for tracked in self.requests.values())
         self.kv_tokens = sum(tracked.context_tokens for tracked in self.requests.values())
-        self.num_decodes = sum(1 for tracked in self.requests.values() if tracked.remaining_prefill == 0)
+        decodes = [tracked for tracked in self.requests.values() if tracked.remaining_prefill == 0]
+        self.num_decodes = len(decodes)
+        self.decode_kv_tokens = sum(tracked.context_tokens for tracked in decodes)
         self._refresh_pace()
 
     def _refresh_pace(self) -> None:

@@ -24,8 +24,9 @@ DECODE_WEIGHT = 10.0
 """Seconds of load per second that an instance's decodes add to each of its steps."""
 PACE_MARGIN = 0.95
 """A steady decode iteration may take this share of the tightest pace."""
-MIN_SHARE = 0.05
-"""Prompts are assumed to get at least this share of an instance's time."""
+MIN_SHARE = 0.35
+"""Share of an instance's time that prompts get in the end even where decodes leave less now: those ahead of their pace
+lend theirs, and the batch drains. In simulation 0.05 / 0.35 / 0.5 / 0.7 give 89.5 / 90.5 / 89.9 / 88.7% on time."""
 MAX_RANKED = 128
 """Queued requests ranked per candidate; beyond that a queue is too long for order to be decided here."""
 
@@ -57,13 +58,14 @@ PlacePolicy = Callable[[float, TrackedRequest, Sequence[TrackedInstance], PlaceM
 def load_s(instance: TrackedInstance) -> float:
     """Seconds of work in front of a newcomer."""
     latency = instance.latency
-    return instance.prefill_s + DECODE_WEIGHT * (latency.c3 * instance.num_decodes + latency.c4 * instance.kv_tokens)
+    decode_s = latency.c3 * instance.num_decodes + latency.c4 * instance.decode_kv_tokens
+    return instance.prefill_s + DECODE_WEIGHT * decode_s
 
 
 def prefill_share(instance: TrackedInstance) -> float:
     """Share of the instance's time that prompts get: what decodes at their tightest pace leave."""
     step_s = min(CAP_S, instance.min_pace_s)
-    decode_s = instance.latency.decode_s(instance.num_decodes, instance.kv_tokens if instance.num_decodes else 0.0)
+    decode_s = instance.latency.decode_s(instance.num_decodes, instance.decode_kv_tokens)
     return max(1.0 - decode_s / step_s, MIN_SHARE) if step_s > 0.0 else MIN_SHARE
 
 
@@ -113,12 +115,11 @@ def _evaluate(now: float, tracked: TrackedRequest, instance: TrackedInstance, ca
     ahead = kept if on_time else queue
     before_s = sum(item.work_s for item in ahead if item.due <= mine.due and item is not mine)
     ttft_s = now - tracked.arrived_at + latency.c0 + (before_s + work_s) / share
-    context = instance.kv_tokens + tracked.context_tokens
-    step_s = latency.decode_s(instance.num_decodes + len(queue) + 1, context)
+    step_s = latency.decode_s(instance.num_decodes + 1, instance.decode_kv_tokens + tracked.context_tokens)
     pace_s = min(instance.min_pace_s, tracked.pace_s)
     if (
         step_s > PACE_MARGIN * pace_s
-        or context > instance.info.kv_capacity_tokens
+        or instance.kv_tokens + tracked.context_tokens > instance.info.kv_capacity_tokens
         or instance.num_requests >= instance.info.max_batch
     ):
         gain -= 2.0 * request.value
@@ -130,7 +131,7 @@ def predict_first_come(now: float, tracked: TrackedRequest, instance: TrackedIns
     """What to expect on an instance that serves in arrival order: the baselines' prediction."""
     latency = instance.latency
     work_s = latency.prefill_s(tracked.request.num_prompt_tokens)
-    step_s = latency.decode_s(instance.num_decodes + 1, instance.kv_tokens)
+    step_s = latency.decode_s(instance.num_decodes + 1, instance.decode_kv_tokens + tracked.context_tokens)
     ttft_s = now - tracked.arrived_at + latency.c0 + instance.prefill_s + work_s
     e2e_s = ttft_s + max(tracked.expected_output_tokens - 1.0, 0.0) * step_s
     on_time = now + ttft_s - (now - tracked.arrived_at) <= tracked.first_due
