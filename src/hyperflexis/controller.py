@@ -119,12 +119,8 @@ class Controller:
             return self._reject(tracked, "overloaded", message, max(backlog_s - self.config.max_backlog_s, 1.0))
         placement, decision = self._decide(now, tracked, ready)
         if request.fail_fast and not placement.on_time:
-            promised_s = tracked.first_due - tracked.arrived_at
-            message = (
-                f"first token expected after {placement.predicted_ttft_s * 1e3:.0f} ms, "
-                f"promised within {promised_s * 1e3:.0f} ms"
-            )
-            return self._reject(tracked, "slo_infeasible", message, max(placement.predicted_ttft_s - promised_s, 1.0))
+            late_s = placement.predicted_ttft_s - (tracked.first_due - tracked.arrived_at)
+            return self._reject(tracked, "slo_infeasible", _infeasible(tracked, placement), max(late_s, 1.0))
         instance = self.cluster.instances[placement.instance]
         self.cluster.bind(tracked, instance)
         return Dispatch(
@@ -246,6 +242,21 @@ class Controller:
             cluster.output_mean[model, name] = mean
         controller._memory, controller._shadow_memory = snapshot.memory, snapshot.shadow_memory
         return controller
+
+
+def _infeasible(tracked: TrackedRequest, placement: Placement) -> str:
+    promised_s = tracked.first_due - tracked.arrived_at
+    if placement.predicted_ttft_s > promised_s:
+        return (
+            f"the first token is expected after {placement.predicted_ttft_s * 1e3:.3g} ms and promised within "
+            f"{promised_s * 1e3:.3g} ms (SLO {tracked.request.slo.names()})"
+        )
+    steps = max(tracked.expected_output_tokens - 1.0, 1.0)
+    step_s = (placement.predicted_e2e_s - placement.predicted_ttft_s) / steps
+    return (
+        f"a token is expected every {step_s * 1e3:.3g} ms and promised every {tracked.pace_s * 1e3:.3g} ms "
+        f"(SLO {tracked.request.slo.names()})"
+    )
 
 
 def _decision(policy: str, placement: Placement, note: str = "") -> Decision:

@@ -95,6 +95,15 @@ def test_hopeless_requests_are_demoted_or_refused_as_the_client_chose():
     assert isinstance(refused, Reject)
     assert (refused.reason, refused.retry_after_s is not None) == ("slo_infeasible", True)
     assert "f" not in c.cluster.requests
+    assert "ttft_ms" in refused.message
+
+
+def test_a_pace_that_no_step_can_hold_is_refused_too_when_the_client_fails_fast():
+    c = controller(instances=1)
+    slow = ask(c, request("r", slo=Slo(1.0, 0.001)))
+    assert isinstance(slow, Dispatch) and not slow.decision.on_time
+    refused = ask(c, request("f", slo=Slo(1.0, 0.001), fail_fast=True))
+    assert isinstance(refused, Reject) and "promised every 1 ms" in refused.message
 
 
 def test_refusals_say_why():

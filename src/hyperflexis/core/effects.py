@@ -12,8 +12,8 @@ RejectReason = Literal["slo_infeasible", "overloaded", "no_instance_ready", "unk
 class Decision:
     """Why a request was placed where it was: enough to explain it to its sender.
 
-    ``predicted_*`` are seconds after arrival. ``on_time`` is False for a request that is expected to miss its first
-    deadline and is served from leftover budget (demoted). ``gain`` is the on-time value won, ``load_s`` the queue of
+    ``predicted_*`` are seconds after arrival. ``on_time`` is False for a request that is expected to miss its promise
+    and is served from leftover budget (demoted). ``gain`` is the on-time value won, ``load_s`` the queue of
     the chosen instance in seconds, ``candidates`` how many instances were compared.
     """
 

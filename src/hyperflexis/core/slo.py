@@ -26,6 +26,11 @@ class Slo:
             e2e_s=weaker.e2e_s if self.e2e_s is None else self.e2e_s,
         )
 
+    def names(self) -> str:
+        """The fields that promise something, as clients write them: ``ttft_ms, e2e_ms``."""
+        fields = {"ttft_ms": self.ttft_s, "tpot_ms": self.tpot_s, "e2e_ms": self.e2e_s}
+        return ", ".join(name for name, value in fields.items() if value is not None) or "none"
+
     def tighter_than(self, floor: Slo) -> str | None:
         """The name of a field that promises more than ``floor`` does, or None."""
         for name in ("ttft_s", "tpot_s", "e2e_s"):

@@ -33,7 +33,8 @@ MAX_RANKED = 128
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a request goes and what is expected of it; ``predicted_*`` are seconds after its arrival."""
+    """Where a request goes and what is expected of it; ``predicted_*`` are seconds after its arrival. ``on_time``: its
+    first token and its pace are expected to hold."""
 
     instance: str
     candidates: int
@@ -110,9 +111,9 @@ def _evaluate(now: float, tracked: TrackedRequest, instance: TrackedInstance, ca
     start = now + latency.c0
     # Late requests are served last, so only those that can be kept stand in front of one that can.
     kept = on_time_subset(by_deadline([*queue, mine]), start, share)
-    on_time = mine in kept
+    starts_on_time = mine in kept
     gain = sum(item.value for item in kept) - on_time_value(queue, start, share)
-    ahead = kept if on_time else queue
+    ahead = kept if starts_on_time else queue
     before_s = sum(item.work_s for item in ahead if item.due <= mine.due and item is not mine)
     ttft_s = now - tracked.arrived_at + latency.c0 + (before_s + work_s) / share
     step_s = latency.decode_s(instance.num_decodes + 1, instance.decode_kv_tokens + tracked.context_tokens)
@@ -124,6 +125,7 @@ def _evaluate(now: float, tracked: TrackedRequest, instance: TrackedInstance, ca
     ):
         gain -= 2.0 * request.value
     e2e_s = ttft_s + max(tracked.expected_output_tokens - 1.0, 0.0) * step_s
+    on_time = starts_on_time and step_s <= tracked.pace_s
     return Placement(instance.id, candidates, gain, load_s(instance), ttft_s, e2e_s, on_time)
 
 
@@ -134,5 +136,5 @@ def predict_first_come(now: float, tracked: TrackedRequest, instance: TrackedIns
     step_s = latency.decode_s(instance.num_decodes + 1, instance.decode_kv_tokens + tracked.context_tokens)
     ttft_s = now - tracked.arrived_at + latency.c0 + instance.prefill_s + work_s
     e2e_s = ttft_s + max(tracked.expected_output_tokens - 1.0, 0.0) * step_s
-    on_time = now + ttft_s - (now - tracked.arrived_at) <= tracked.first_due
+    on_time = tracked.arrived_at + ttft_s <= tracked.first_due and step_s <= tracked.pace_s
     return Placement(instance.id, candidates, 0.0, load_s(instance), ttft_s, e2e_s, on_time)
