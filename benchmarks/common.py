@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
+from pathlib import Path
 from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
 
 
 def environment(seed: int) -> dict[str, Any]:
@@ -24,3 +28,10 @@ def environment(seed: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "seed": seed,
     }
+
+
+def write_results(file: Path, found: dict[str, Any]) -> None:
+    """Write ``found`` as JSON, and say where."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found, indent=2) + "\n")
+    print(f"written: {file}")

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import random
 import time
 from collections import deque
+from pathlib import Path
 
-from common import environment
+from common import RESULTS, environment, write_results
 from hyperflexis.controller import Controller, ControllerConfig
 from hyperflexis.core.events import InstanceJoined, InstanceReported, RequestArrived, RequestFinished
 from hyperflexis.core.instance import InstanceInfo, InstanceReport, RequestProgress
@@ -83,20 +83,18 @@ def measure(instances: int, waiting: int, arrivals: int, seed: int) -> dict[str,
 
 
 def main() -> None:
-    """Run and print a table."""
+    """Run, print a table and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--waiting", type=int, default=1000)
     parser.add_argument("--arrivals", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", type=Path, default=RESULTS / "decision.json", metavar="FILE")
     args = parser.parse_args()
     rows = {n: measure(n, args.waiting, args.arrivals, args.seed) for n in (10, 100, 1000)}
     print(f"{'instances':>10} {'p50 us':>8} {'p99 us':>8} {'max us':>8}")
     for n, row in rows.items():
         print(f"{n:>10} {row['p50_us']:>8.0f} {row['p99_us']:>8.0f} {row['max_us']:>8.0f}")
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({**environment(args.seed), "waiting": args.waiting, "instances": rows}, file, indent=1)
+    write_results(args.json, {**environment(args.seed), "waiting": args.waiting, "instances": rows})
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ machine.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from common import environment
+from common import RESULTS, environment, write_results
 from hyperflexis.batcher import Batcher, BatcherConfig, Sampled, Sequence
 from hyperflexis.core.latency import Coefficients, OnlineFit
 from hyperflexis.engines.torch.attention import attend
@@ -301,7 +300,7 @@ def main() -> None:
     parser.add_argument("--dtype", default=None, help="default: the checkpoint's")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "engine.json")
+    parser.add_argument("--json", type=Path, default=RESULTS / "engine.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = find_device(args.device)
@@ -325,14 +324,12 @@ def main() -> None:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "threads": args.threads,
-        "model": str(args.model) if args.model else args.size,
+        "model": args.model.resolve().name if args.model else args.size,
         "dtype": str(runner.model.dtype),
         "decode_context": DECODE_CONTEXT,
         "cases": cases,
     }
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"written: {args.json}")
+    write_results(args.json, report)
 
 
 if __name__ == "__main__":

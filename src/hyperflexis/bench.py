@@ -383,9 +383,19 @@ def main(args: argparse.Namespace) -> int:
     console = Console(stderr=True)
 
     async def go(stop: asyncio.Event) -> BenchResult:
-        target = await find_target(args.url, args.model, keys, [c.name for c in workload.classes])
+        names = [c.name for c in workload.classes]
+        console.print(f"asking {args.url} ...", markup=False, highlight=False, soft_wrap=True)
+        target = await find_target(args.url, args.model, keys, names)
         if not target.token_ids:
             console.print("The server takes no token ids: prompts are words, their token counts approximate.")
+        if unknown := [name for name in names if name not in target.classes]:
+            console.print(
+                f"The server does not know class {', '.join(unknown)}: "
+                "their SLOs are sent per request, their priorities are not.",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
         with ProgressView(console, args.label) as view:
             return await run_bench(arrivals, workload.duration_s, target, seed, view.show, stop)
 

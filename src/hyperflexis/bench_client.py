@@ -9,12 +9,14 @@ whole milliseconds.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import os
 import re
-import resource
+import ssl
 import time
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -24,8 +26,10 @@ import msgspec
 from .core.record import Record, RecordOutcome
 from .core.slo import Slo
 from .errors import HyperFlexisError
+from .fd_limit import raise_fd_limit
 from .sim.workload import HASH_BLOCK_TOKENS, Arrival
 
+MODELS_LIMIT_S, PROBE_LIMIT_S = 30.0, 120.0  # how long a server may take to say what it serves, and for each probe
 MAX_OPEN = 20_000  # requests open at once; beyond it the client itself would be what is measured
 
 # Ids that every tokenizer has, past the special ones at the front: byte-level vocabularies have 256 base tokens.
@@ -169,10 +173,7 @@ def make_token_ids(arrival: Arrival, random: Random) -> list[int]:
 
 
 def _session() -> aiohttp.ClientSession:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:  # one descriptor an open request
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, MAX_OPEN + 1024), hard))
+    raise_fd_limit(MAX_OPEN + 1024)  # one descriptor an open request
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=30.0)
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout, auto_decompress=False)
 
@@ -184,10 +185,40 @@ def _message(body: bytes) -> str:
     return " ".join(text.split())[:300]
 
 
-async def find_target(url: str, model: str | None, keys: Mapping[str, str], classes: Sequence[str]) -> Target:
+def _reason(error: Exception) -> str:
+    """Why there is no connection, in the operating system's words where it has some."""
+    cause = getattr(error, "os_error", error)
+    if isinstance(cause, OSError) and not isinstance(cause, ssl.SSLError) and (cause.errno or 0) > 0:
+        return os.strerror(cause.errno or 0)
+    return str(getattr(cause, "strerror", None) or cause) or type(error).__name__
+
+
+@contextlib.asynccontextmanager
+async def _answer_within(limit_s: float, url: str, what: str) -> AsyncIterator[None]:
+    limit = asyncio.timeout(limit_s)
+    try:
+        async with limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise HyperFlexisError(
+            f"{url} accepted the connection but did not answer within {limit_s:g} s ({what})"
+        ) from None
+
+
+async def find_target(
+    url: str,
+    model: str | None,
+    keys: Mapping[str, str],
+    classes: Sequence[str],
+    models_limit_s: float = MODELS_LIMIT_S,
+    probe_limit_s: float = PROBE_LIMIT_S,
+) -> Target:
     """Ask the server what it serves and takes: token ids, ``ignore_eos``, class names.
 
-    ``model`` None takes the only one served. Raises HyperFlexisError with a remedy.
+    ``model`` None takes the only one served. ``models_limit_s`` and ``probe_limit_s`` bound how long the server may
+    take for its list of models and for each probe. Raises HyperFlexisError with a remedy.
     """
     url = url.rstrip("/").removesuffix("/v1")
     if not re.match(r"https?://[^/]", url):
@@ -195,7 +226,12 @@ async def find_target(url: str, model: str | None, keys: Mapping[str, str], clas
     headers = {"authorization": f"Bearer {keys['']}"} if keys.get("") else {}
     async with _session() as session:
         try:
-            async with session.get(f"{url}/v1/models", headers=headers) as response:
+            # Half the limit for the connection: one that never opens is another mistake than a silent server.
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=models_limit_s / 2)
+            async with (
+                _answer_within(models_limit_s, url, "/v1/models"),
+                session.get(f"{url}/v1/models", headers=headers, timeout=timeout) as response,
+            ):
                 body = await response.read()
                 if response.status == 401:
                     raise HyperFlexisError(f"{url} wants an API key: give it with --api-key")
@@ -203,7 +239,7 @@ async def find_target(url: str, model: str | None, keys: Mapping[str, str], clas
                     raise HyperFlexisError(f"{url}/v1/models answered {response.status}: {_message(body)}")
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise HyperFlexisError(
-                f"nothing answers at {url} ({error}); is it running? start it, or correct --url"
+                f"nothing answers at {url} ({_reason(error)}); is it running? start it, or correct --url"
             ) from None
         try:
             served = [entry.id for entry in msgspec.json.decode(body, type=_Models).data]
@@ -220,25 +256,24 @@ async def find_target(url: str, model: str | None, keys: Mapping[str, str], clas
     detail = ""
     for token_ids, ignore_eos in ((True, True), (False, True), (False, False)):
         target = Target(url, model, keys, token_ids, ignore_eos)
-        async with Client(target, seed=0) as client:
-            outcome = await client.send(_probe(""), 0, time.monotonic())
-            if outcome.outcome == "finished":
-                known = [name for name in classes if await _knows_class(target, name)]
-                return replace(target, classes=frozenset(known))
-            if not outcome.detail.startswith("4") or outcome.outcome == "rejected":
-                raise HyperFlexisError(f"{url} cannot serve {model!r} now: {outcome.detail}")
-            detail = outcome.detail
+        outcome = await _probe(target, "", probe_limit_s)
+        if outcome.outcome == "finished":
+            known = [name for name in classes if await _knows_class(target, name, probe_limit_s)]
+            return replace(target, classes=frozenset(known))
+        if not outcome.detail.startswith("4") or outcome.outcome == "rejected":
+            raise HyperFlexisError(f"{url} cannot serve {model!r} now: {outcome.detail}")
+        detail = outcome.detail
     raise HyperFlexisError(f"{url} refuses a plain completion: {detail}")
 
 
-async def _knows_class(target: Target, name: str) -> bool:
-    async with Client(replace(target, classes=frozenset({name})), seed=0) as client:
-        record = await client.send(_probe(name), 0, time.monotonic())
-        return record.outcome == "finished"
+async def _knows_class(target: Target, name: str, limit_s: float) -> bool:
+    return (await _probe(replace(target, classes=frozenset({name})), name, limit_s)).outcome == "finished"
 
 
-def _probe(slo_class: str) -> Arrival:
-    return Arrival(0.0, slo_class, Slo(), 1.0, 4, 1)
+async def _probe(target: Target, slo_class: str, limit_s: float) -> Record:
+    what = f"a completion of one token{f' in class {slo_class}' if slo_class else ''}"
+    async with _answer_within(limit_s, target.url, what), Client(target, seed=0) as client:
+        return await client.send(Arrival(0.0, slo_class, Slo(), 1.0, 4, 1), 0, time.monotonic())
 
 
 class _Model(msgspec.Struct):

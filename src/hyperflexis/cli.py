@@ -17,7 +17,7 @@ EPILOG = """\
 examples:
   hyperflexis make-model models/tiny --size 20m        a small random model, made here, to try things with
   hyperflexis serve examples/quickstart.yaml           two engines behind one gateway
-  hyperflexis bench examples/mixed.yaml --url http://127.0.0.1:8080
+  hyperflexis bench examples/demo.yaml --url http://127.0.0.1:8080
   hyperflexis demo                                     HyperFlexis against round robin, with a report
 """
 
@@ -62,9 +62,19 @@ def _instance_arguments(parser: argparse.ArgumentParser) -> None:
     add("--name", metavar="MODEL", help="name of the model as clients call it (default: the directory's)")
     add("--id", default="instance-0", help="name of this instance (default: %(default)s)")
     add("--epoch", type=int, default=1, help="which launch of this instance it is (default: %(default)s)")
-    add("--listen", default="127.0.0.1:9000", metavar="ADDRESS", help="unix:PATH or HOST:PORT for gateways")
+    add(
+        "--listen",
+        default="127.0.0.1:9000",
+        metavar="ADDRESS",
+        help="unix:PATH or HOST:PORT for gateways (default: %(default)s)",
+    )
     add("--controller", metavar="ADDRESS", help="unix:PATH or HOST:PORT of the fleet's controller (default: none)")
-    add("--step", choices=sorted(STEPS), default="hyperflexis", help="what runs in the next iteration")
+    add(
+        "--step",
+        choices=sorted(STEPS),
+        default="hyperflexis",
+        help="what runs in the next iteration (default: %(default)s)",
+    )
     group = parser.add_argument_group("engine options", "as under models.NAME.args in the fleet file")
     engines_of: dict[str, list[str]] = {}
     for engine, options in ENGINE_ARGS.items():

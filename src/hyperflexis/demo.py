@@ -26,6 +26,7 @@ from pathlib import Path
 
 import aiohttp
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -57,6 +58,7 @@ from .telemetry.summary import Summary, summarise
 KV_TOKENS = 65_536  # half a GB an instance of the 20M model: far more than its batches hold here
 READY_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 15.0
+ASK_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +80,9 @@ ENGINES = {
 class FleetProcess:
     """A fleet run by `hyperflexis serve` in a session of its own, so that Ctrl-C reaches it only through us."""
 
-    def __init__(self, policy: str, folder: Path, model: dict[str, object], workload: Workload) -> None:
+    def __init__(self, policy: str, folder: Path, model: dict[str, object], instances: int, workload: Workload) -> None:
         self.policy = policy
+        self._model, self._instances = str(model["name"]), instances
         self._folder = folder
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -112,23 +115,36 @@ class FleetProcess:
             )
 
     async def wait_ready(self, stop: asyncio.Event) -> None:
-        """Return once every instance serves. Raises HyperFlexisError with the end of its log when it does not."""
+        """Return once every instance serves. Raises HyperFlexisError with the end of its log when one does not."""
         assert self._process is not None
         deadline = time.monotonic() + READY_TIMEOUT_S
-        async with aiohttp.ClientSession() as session:
-            while time.monotonic() < deadline:
-                if stop.is_set():
-                    raise Stopped
-                if self._process.poll() is not None:
-                    raise HyperFlexisError(f"the {self.policy} fleet ended: {self._log_end()}")
-                try:
-                    async with session.get(f"{self.url}/ready") as response:
-                        if response.status == 200:
-                            return
-                except aiohttp.ClientError:
-                    pass  # not listening yet
-                await asyncio.sleep(0.2)
-        raise HyperFlexisError(f"the {self.policy} fleet is not ready after {READY_TIMEOUT_S:.0f} s: {self._log_end()}")
+        ready = 0
+        while time.monotonic() < deadline:
+            if stop.is_set():
+                raise Stopped
+            if self._process.poll() is not None:
+                raise HyperFlexisError(f"the {self.policy} fleet ended: {self._log_end()}")
+            # Not /ready, which is content with one instance: another that still starts would take the cores measured.
+            ready = await self.num_ready()
+            if ready >= self._instances:
+                return
+            await asyncio.sleep(0.2)
+        raise HyperFlexisError(
+            f"{ready} of {self._instances} instances of the {self.policy} fleet are ready after "
+            f"{READY_TIMEOUT_S:.0f} s: {self._log_end()}"
+        )
+
+    async def num_ready(self) -> int:
+        """Instances that serve now, by the gateway's metrics; 0 when it does not answer."""
+        try:
+            async with (
+                aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ASK_TIMEOUT_S)) as session,
+                session.get(f"{self.url}/metrics") as response,
+            ):
+                text = await response.text()
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return 0
+        return instances_ready(text, self._model) if response.status == 200 else 0
 
     def stop(self) -> None:
         """End it and its children: asked once, asked again, then killed."""
@@ -147,6 +163,15 @@ class FleetProcess:
     def _log_end(self) -> str:
         lines = self._log.read_text(errors="replace").splitlines() if self._log.exists() else []
         return " | ".join(lines[-5:]) + f" (all of it: {self._log})"
+
+
+def instances_ready(metrics: str, model: str) -> int:
+    """How many instances of ``model`` are ready, by the text of a gateway's ``/metrics``."""
+    for family in text_string_to_metric_families(metrics):
+        for found in family.samples:
+            if found.name == "hyperflexis_instances_ready" and found.labels.get("model") == model:
+                return int(found.value)
+    return 0
 
 
 def example(name: str) -> Path:
@@ -178,6 +203,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--window-s", type=float, default=20.0, metavar="S", help="seconds of arrivals in each (default: %(default)s)")
     add("--model-dir", type=Path, metavar="DIR", help="a model directory (default: a 20M model made in OUT)")
     add("--out", type=Path, default=Path("demo-report"), metavar="DIR", help="default: %(default)s")
+    add("--json", metavar="FILE", help="write the figures of OUT/summary.json there too ('-': standard output)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,13 +218,17 @@ class Plan:
     load: float
     windows: int
     out: Path
+    json: str | None
     workload: Workload
 
 
 def main(args: argparse.Namespace) -> int:
     """Run `hyperflexis demo`; 130 when Ctrl-C ended it."""
     plan = _plan(args)
-    console = Console(width=100) if not Console().is_terminal else Console()
+    to_stderr = plan.json == "-"
+    console = Console(stderr=to_stderr)
+    if not console.is_terminal:
+        console = Console(width=100, stderr=to_stderr)
     began = time.monotonic()
     console.print(f"[bold]HyperFlexis {__version__} demo[/bold]: {' against '.join(reversed(plan.policies))}")
     facts = machine.describe()
@@ -218,7 +248,10 @@ def main(args: argparse.Namespace) -> int:
             style="yellow",
         )
     model = _model(plan, args.model_dir, console)
-    fleets = [FleetProcess(policy, plan.out / "fleets" / policy, model, plan.workload) for policy in plan.policies]
+    fleets = [
+        FleetProcess(policy, plan.out / "fleets" / policy, model, plan.instances, plan.workload)
+        for policy in plan.policies
+    ]
     try:
         for fleet in fleets:
             fleet.start()
@@ -253,7 +286,18 @@ def _plan(args: argparse.Namespace) -> Plan:
     squeeze = args.window_s / workload.duration_s
     phases = tuple(replace(p, at_s=p.at_s * squeeze) for p in workload.phases)
     workload = replace(workload, duration_s=args.window_s, phases=phases)
-    return Plan(args.seed, policies, args.engine, args.profile, instances, args.load, args.windows, args.out, workload)
+    return Plan(
+        seed=args.seed,
+        policies=policies,
+        engine=args.engine,
+        profile=args.profile,
+        instances=instances,
+        load=args.load,
+        windows=args.windows,
+        out=args.out,
+        json=args.json,
+        workload=workload,
+    )
 
 
 def _model(plan: Plan, directory: Path | None, console: Console) -> dict[str, object]:
@@ -312,12 +356,20 @@ async def _drive(
         f"load {plan.load:g} is {plan.load * capacity_rps:.2f} requests/s.",
         highlight=False,
     )
+    of_policy = {fleet.policy: fleet for fleet in fleets}
     runs: dict[str, list[Run]] = {policy: [] for policy in plan.policies}
     lags: list[float] = []
     for pair in range(plan.windows):
         seed = plan.seed * 1000 + pair
         arrivals = window_arrivals(workload, cost, plan.load, plan.instances, seed)
         for policy in plan.policies if pair % 2 == 0 else reversed(plan.policies):
+            ready = await of_policy[policy].num_ready()
+            if ready < plan.instances:
+                console.print(
+                    f"window {pair + 1}/{plan.windows} {policy}: only {ready} of {plan.instances} instances are ready: "
+                    "its figures are those of a smaller fleet.",
+                    style="yellow",
+                )
             with ProgressView(console, f"window {pair + 1}/{plan.windows} {policy}") as view:
                 result = await run_bench(arrivals, workload.duration_s, targets[policy], seed, view.show, stop)
             if result.stopped:
@@ -357,23 +409,20 @@ def _report(
         c.name: {"ttft_s": c.slo.ttft_s, "tpot_s": c.slo.tpot_s, "e2e_s": c.slo.e2e_s, "priority": c.priority}
         for c in workload.classes
     }
-    write_json(
-        document(workload.name, profile, [plan.seed], summaries)
-        | {
-            "engine": plan.engine,
-            "instances": plan.instances,
-            "load": plan.load,
-            "capacity_rps": capacity_rps,
-            "cost_s": {"prompt_token": cost.prompt_s, "output_token": cost.output_s},
-            "idle": {"ttft_s": idle.ttft_s, "tpot_s": idle.tpot_s, "lengths": idle.lengths},
-            "slo_multiples": MULTIPLES if plan.engine == "torch" else None,
-            "slos": promised,
-            "windows": {"of_each_policy": plan.windows, "duration_s": workload.duration_s},
-            "client_lag_p99_ms": 1e3 * lag_s,
-            "elapsed_s": elapsed_s,
-        },
-        str(plan.out / "summary.json"),
-    )
+    figures = document(workload.name, profile, [plan.seed], summaries) | {
+        "engine": plan.engine,
+        "instances": plan.instances,
+        "load": plan.load,
+        "capacity_rps": capacity_rps,
+        "cost_s": {"prompt_token": cost.prompt_s, "output_token": cost.output_s},
+        "idle": {"ttft_s": idle.ttft_s, "tpot_s": idle.tpot_s, "lengths": idle.lengths},
+        "slo_multiples": MULTIPLES if plan.engine == "torch" else None,
+        "slos": promised,
+        "windows": {"of_each_policy": plan.windows, "duration_s": workload.duration_s},
+        "client_lag_p99_ms": 1e3 * lag_s,
+        "elapsed_s": elapsed_s,
+    }
+    write_json(figures, str(plan.out / "summary.json"))
     write_json(runs, str(plan.out / "records.json"))
     described = {
         "workload": workload.name,
@@ -390,6 +439,9 @@ def _report(
     if lag_s > 0.05:
         console.print(f"The client was up to {1e3 * lag_s:.0f} ms late (p99): the machine is busy with something else.")
     console.print(f"Report: {page}  figures: {plan.out / 'summary.json'}  ({elapsed_s:.0f} s in all)", highlight=False)
+    # Last, so that a file that cannot be written costs nothing of the report.
+    if plan.json:
+        write_json(figures, plan.json)
 
 
 def _verdict(plan: Plan, summaries: dict[str, Summary]) -> str:

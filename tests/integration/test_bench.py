@@ -38,6 +38,7 @@ class Server:
     short_by: int = 0
     breaks_after: int | None = None
     hold: asyncio.Event | None = None
+    hold_probes: asyncio.Event | None = None
     usage: bool = True
     asked: list[dict[str, object]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
@@ -55,6 +56,8 @@ class Server:
         if request.headers.get("x-slo-class", "chat") not in self.classes:
             return web.json_response({"error": {"message": "unknown class"}}, status=400)
         is_probe = "x-slo-ttft-ms" not in request.headers
+        if is_probe and self.hold_probes is not None:
+            await self.hold_probes.wait()
         if not is_probe:
             self.asked.append(body)
             self.was_asked.set()
@@ -205,6 +208,39 @@ async def test_a_wrong_target_is_one_clear_error(server: Server, url: str | None
         await find_target(url or server.url, model, {}, [])
 
 
+async def test_a_refused_connection_is_told_in_the_systems_words() -> None:
+    with pytest.raises(HyperFlexisError, match=r"Connection refused") as raised:
+        await find_target("http://127.0.0.1:9", None, {}, [])
+    assert "ssl" not in str(raised.value) and "\n" not in str(raised.value)
+
+
+async def test_a_server_that_never_answers_is_a_clear_error() -> None:
+    left = asyncio.Event()
+
+    async def silent(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await left.wait()
+        writer.close()
+
+    listening = await asyncio.start_server(silent, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+    try:
+        with pytest.raises(HyperFlexisError) as raised:
+            await find_target(url, None, {}, [], models_limit_s=0.2)
+    finally:
+        left.set()
+        listening.close()
+    assert str(raised.value) == f"{url} accepted the connection but did not answer within 0.2 s (/v1/models)"
+
+
+async def test_a_probe_that_never_ends_is_a_clear_error(server: Server) -> None:
+    server.hold_probes = asyncio.Event()
+    try:
+        with pytest.raises(HyperFlexisError, match=r"did not answer within 0\.2 s \(a completion of one token\)"):
+            await find_target(server.url, None, {}, [], probe_limit_s=0.2)
+    finally:
+        server.hold_probes.set()
+
+
 async def test_a_missing_key_is_a_clear_error(server: Server) -> None:
     server.key = "secret"
     with pytest.raises(HyperFlexisError, match="--api-key"):
@@ -261,6 +297,21 @@ async def test_the_command_prints_a_table_and_writes_json(server: Server, tmp_pa
     assert policy["rejected"] == policy["unfinished"] == 0
     assert policy["client_p50_ttft_ms"] == policy["p50_ttft_ms"] > 0
     assert "chat" in err.decode()
+    assert err.decode().startswith(f"asking {server.url} ...")
+    assert "does not know" not in err.decode()
+
+
+async def test_the_command_names_the_classes_that_the_server_does_not_know(server: Server, tmp_path: Path) -> None:
+    extra = "".join(
+        f"  - {{name: {name}, share: 1, ttft_ms: 5000, lengths: {{prompt: 20, output: 4}}}}\n"
+        for name in ("fable", "riddle")
+    )
+    (tmp_path / "w.yaml").write_text(WORKLOAD + extra)
+    process = await bench_process(str(tmp_path / "w.yaml"), "--url", server.url)
+    _, err = await process.communicate()
+    assert process.returncode == 0, err.decode()
+    line = "The server does not know class fable, riddle: their SLOs are sent per request, their priorities are not."
+    assert line in err.decode().splitlines()
 
 
 async def test_ctrl_c_still_reports(server: Server, tmp_path: Path) -> None:
