@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 from tests.integration.gateway_support import CHAT, CLASSES, Site, site, soon
 
+from hyperflexis.fd_limit import raise_fd_limit
 from hyperflexis.gateway.config import Limits
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n"
@@ -41,7 +44,7 @@ def framed(body: Any, head: bytes = HEAD) -> bytes:
             "messages[0].content[0]",
             "unsupported_parameter",
         ),
-        ({"messages": [{"role": "user", "content": "x" * 100}]}, 400, "prompt", "context_length_exceeded"),
+        ({"messages": [{"role": "user", "content": "x" * 100}]}, 400, "messages", "context_length_exceeded"),
         ({"temperature": -1}, 400, "temperature", None),
         ({"temperature": "hot"}, 400, "temperature", None),
         ({"top_p": 0}, 400, "top_p", None),
@@ -225,6 +228,14 @@ async def test_what_is_not_http(one: Site, data: bytes, status: bytes) -> None:
     await soon(reader.read())
 
 
+@pytest.fixture
+def many_files() -> None:
+    """Both ends of a thousand connections are in this process."""
+    if raise_fd_limit(4096) < 2500:
+        pytest.skip("the hard limit on open files is too low")
+
+
+@pytest.mark.usefixtures("many_files")
 async def test_a_thousand_idle_connections_hurt_nobody(one: Site) -> None:
     idle = await soon(asyncio.gather(*(one.connect() for _ in range(1000))))
     for _, writer in idle[::2]:
@@ -314,17 +325,52 @@ async def test_a_client_that_stops_reading_for_long_is_cut(tmp_path: Path) -> No
         assert await soon(found.fleet.cancels.get()) == ("i0", stream.order.stream)
 
 
-async def test_a_client_that_reads_one_byte_at_a_time_slows_nobody(one: Site) -> None:
-    reader, writer = await one.connect()
-    writer.write(framed({**CHAT, "stream": True}))
-    slow = await one.stream()
-    slow.say("a" * 50, "stop")
-    answer = one.post(CHAT)
-    (await one.stream()).say("x", "stop")
-    got = b""
-    while not answer.done():
-        got += await soon(reader.read(1))
-    assert (await answer).status_code == 200
-    assert (await soon(one.fleet.ended.get())).outcome == "finished"
-    got += await soon(reader.readuntil(b"[DONE]"))
-    assert b"a" * 50 in got
+async def test_a_client_that_reads_one_byte_at_a_time_slows_nobody_and_is_cut(one: Site) -> None:
+    loop = asyncio.get_running_loop()
+    got = bytearray()
+    size = 1
+
+    async def read_bytes() -> None:
+        with contextlib.suppress(ConnectionError):
+            while piece := await loop.sock_recv(slow_socket, size):
+                got.extend(piece)
+                await asyncio.sleep(0)  # sock_recv itself does not wait while there is something
+
+    # Without asyncio's streams, which read ahead as much as there is.
+    with socket.socket() as slow_socket:
+        slow_socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow_socket.setblocking(False)
+        await loop.sock_connect(slow_socket, ("127.0.0.1", one.port))
+        await loop.sock_sendall(slow_socket, framed({**CHAT, "stream": True}))
+        slow = await one.stream()
+        (connection,) = (
+            c
+            for c in one.gateway.http.connections
+            if c.transport.get_extra_info("peername") == slow_socket.getsockname()
+        )
+        reading = asyncio.create_task(read_bytes())
+        said = 0
+        while connection.transport.get_write_buffer_size() < Limits().max_unsent_bytes // 2:
+            assert said < 64 << 20
+            slow.say("a" * 50_000)
+            said += 50_000
+            await one.client.get("/health")
+        async with asyncio.timeout(1.0):
+            answer = one.post(CHAT)
+            (await one.stream()).say("x", "stop")
+            assert (await answer).status_code == 200
+        assert (await soon(one.fleet.ended.get())).outcome == "finished"
+        assert not reading.done() and 0 < len(got) < said, "the slow one is neither cut nor done meanwhile"
+        assert one.fleet.cancels.empty()
+        cancel = asyncio.create_task(one.fleet.cancels.get())
+        while not cancel.done():
+            assert said < 64 << 20, "its unread bytes are without bound"
+            slow.say("a" * 50_000)
+            said += 50_000
+            await one.client.get("/health")
+        assert cancel.result() == ("i0", slow.order.stream)
+        assert (await soon(one.fleet.ended.get())).outcome == "cancelled"
+        size = 1 << 20  # the system's buffers had megabytes
+        await soon(reading)
+        assert b"[DONE]" not in got
+        assert len(got) < said

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ FLEET = """\
 model:
   name: tiny
   engine: emulated
-  profile: h100-llama-3.1-8b
+  profile: {profile}
   args: {{seed: 3}}
   env: {{{env}}}
   instances: {{min: 2}}
@@ -34,6 +35,7 @@ limits: {{shutdown_grace_s: 1}}
 """
 LIMIT_S = 30.0
 SOURCE = str(Path(__file__).resolve().parents[2] / "src")
+PROFILES = Path(__file__).resolve().parents[2] / "profiles"
 
 
 def wait_until(condition: Callable[[], object], what: Callable[[], str], limit_s: float = LIMIT_S) -> None:
@@ -105,9 +107,12 @@ class Serve:
     def state(self) -> dict[str, dict[str, dict[str, int]]]:
         return json.loads((self.state_dir / "state.json").read_text())
 
-    def request(self, method: str, path: str, body: object = None) -> tuple[int, bytes]:
+    def connect(self) -> http.client.HTTPConnection:
         port = json.loads((self.state_dir / "fleet.json").read_text())["listen"].rpartition(":")[2]
-        connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=10)
+        return http.client.HTTPConnection("127.0.0.1", int(port), timeout=10)
+
+    def request(self, method: str, path: str, body: object = None) -> tuple[int, bytes]:
+        connection = self.connect()
         try:
             connection.request(method, path, json.dumps(body), {"content-type": "application/json"})
             response = connection.getresponse()
@@ -117,6 +122,21 @@ class Serve:
 
     def complete(self) -> tuple[int, bytes]:
         return self.request("POST", "/v1/completions", {"model": "tiny", "prompt": "Hello", "max_tokens": 8})
+
+    def stream(self, max_tokens: int) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+        """Open a stream; returns with its first token."""
+        connection = self.connect()
+        body = {"model": "tiny", "prompt": "Hello", "max_tokens": max_tokens, "stream": True}
+        connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+        response = connection.getresponse()
+        assert response.status == 200, response.read()
+        return connection, response
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum over all series of a metric that have these labels."""
+        wanted = {f'{label}="{value}"' for label, value in labels.items()}
+        lines = re.findall(rf"^hyperflexis_{name}\{{(.*)\}} (\S+)$", self.request("GET", "/metrics")[1].decode(), re.M)
+        return sum(float(value) for series, value in lines if wanted <= set(series.split(",")))
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         if self.process.poll() is None:
@@ -134,9 +154,11 @@ class Serve:
 def start(tmp_path: Path) -> Iterator[Callable[..., Serve]]:
     running: list[Serve] = []
 
-    def begin(name: str = "fleet", port: int = 0, env: str = "", extra: str = "") -> Serve:
+    def begin(
+        name: str = "fleet", port: int = 0, env: str = "", extra: str = "", profile: str = "h100-llama-3.1-8b"
+    ) -> Serve:
         file = tmp_path / f"{name}.yaml"
-        file.write_text(FLEET.format(port=port, env=env) + extra)
+        file.write_text(FLEET.format(port=port, env=env, profile=profile) + extra)
         running.append(Serve(file))
         return running[-1]
 
@@ -205,6 +227,60 @@ def test_a_killed_child_comes_back(start: Callable[..., Serve]) -> None:
             return False
 
     wait_until(answers, serve.report)
+
+
+def test_streams_of_a_killed_instance_end_and_those_of_others_go_on(
+    start: Callable[..., Serve], tmp_path: Path
+) -> None:
+    profile = json.loads((PROFILES / "h100-llama-3.1-8b.json").read_text())
+    profile["coefficients"]["c0"] = 0.002  # thousands of tokens in seconds
+    (tmp_path / "fast.json").write_text(json.dumps(profile))
+    serve = start(profile=str(tmp_path / "fast.json"), extra="policy: round_robin\n").wait_ready()
+    killed = serve.state()["children"]["tiny-1"]
+    num_tokens = 2000
+    with ThreadPoolExecutor(6) as threads:
+        streams = list(threads.map(lambda _: serve.stream(num_tokens), range(6)))
+        instances = [response.headers["x-hfx-instance"] for _, response in streams]
+        assert sorted(instances) == ["tiny-0"] * 3 + ["tiny-1"] * 3
+        os.kill(killed["pid"], signal.SIGKILL)
+        # A stream that hangs runs into the time limit of its connection.
+        bodies = list(threads.map(lambda stream: stream[1].read().decode(), streams))
+    for connection, _ in streams:
+        connection.close()
+    for instance, body in zip(instances, bodies, strict=True):
+        *events, done, nothing = body.split("\n\n")
+        assert (done, nothing) == ("data: [DONE]", "")
+        last = json.loads(events[-1].removeprefix("data: "))
+        if instance == "tiny-1":
+            assert last["error"]["code"] == "instance_lost"
+            assert len(events) < num_tokens
+        else:
+            assert last["choices"][0]["finish_reason"] == "length"
+            assert '"error"' not in body
+    assert serve.metric("requests_total", outcome="finished") == 3
+    assert serve.metric("requests_total", outcome="failed") == 3
+
+    def is_back() -> bool:
+        child = serve.state()["children"].get("tiny-1")
+        return child is not None and child["pid"] != killed["pid"] and serve.metric("instances_ready") == 2
+
+    wait_until(is_back, serve.report)
+    back = serve.state()["children"]["tiny-1"]
+    serve.pids.add(back["pid"])
+    assert back["number"] == killed["number"] + 1
+    assert all(serve.complete()[0] == 200 for _ in range(2))
+
+
+def test_a_client_that_leaves_frees_its_kv(start: Callable[..., Serve]) -> None:
+    serve = start().wait_ready()
+    connection, response = serve.stream(100_000)
+    wait_until(lambda: serve.metric("kv_used_tokens") > 0, serve.report)
+    assert serve.metric("requests_total") == 0
+    response.close()
+    connection.close()
+    wait_until(lambda: serve.metric("kv_used_tokens") == 0, serve.report)
+    assert serve.metric("requests_total", outcome="cancelled") == 1
+    assert serve.metric("requests_total") == 1
 
 
 def test_what_a_killed_serve_left_is_cleaned_up_and_served_again(start: Callable[..., Serve]) -> None:

@@ -13,6 +13,7 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "hyperflexis"
 
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
+    "fd_limit": set(),
     "core": set(),
     "kv_blocks": {"core"},
     "metrics": {"core"},
@@ -23,9 +24,9 @@ ARROWS: dict[str, set[str]] = {
     "controller": {"policy", "core"},
     "batcher": {"policy", "core", "kv_blocks"},
     "sim": {"controller", "batcher", "policy", "core"},
-    "runtime": {"controller", "core", "wire", "metrics"},
-    "gateway": {"core", "openai_api", "wire", "metrics"},
-    "engines": {"batcher", "policy", "core", "openai_api", "wire", "metrics", "transfer"},
+    "runtime": {"controller", "core", "wire", "metrics", "fd_limit"},
+    "gateway": {"core", "openai_api", "wire", "metrics", "fd_limit"},
+    "engines": {"batcher", "policy", "core", "openai_api", "wire", "metrics", "transfer", "fd_limit"},
     "launch": {"core", "wire", "metrics"},
     "telemetry": {"core", "metrics"},
 }

@@ -25,6 +25,7 @@ from .. import wire
 from ..core.events import InstanceJoined, InstanceReported
 from ..core.instance import InstanceInfo, InstanceReport
 from ..errors import HyperFlexisError
+from ..fd_limit import raise_fd_limit
 from .base import Emission, Engine, EngineReport
 
 MAX_STREAMS = 8192
@@ -60,6 +61,7 @@ async def run_instance(
     is once it can be reached. Raises HyperFlexisError when the engine does not start or breaks, or when the address
     is taken.
     """
+    raise_fd_limit(MAX_STREAMS + 256)  # an engine that stands for a server has a connection a stream
     host = InstanceHost(engine, identity, report_every_s)
     signalled = asyncio.Event()
     cut_short = asyncio.Event()

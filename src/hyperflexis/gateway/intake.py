@@ -93,7 +93,8 @@ class Intakes:
         else:
             limit = request.token_limit()
             salt = tenant.name
-            prompts = [_prompt(ids, limit, status.context_length, salt) for ids in _token_ids(request, text)]
+            param = "messages" if isinstance(request, ChatRequest) else "prompt"
+            prompts = [_prompt(ids, limit, status.context_length, salt, param) for ids in _token_ids(request, text)]
         n = request.n or 1
         if n * len(prompts) > self.max_choices:
             raise ApiError(400, f"n: {n * len(prompts)} choices, at most {self.max_choices} are allowed", param="n")
@@ -128,10 +129,9 @@ def _token_ids(request: ChatRequest | CompletionRequest, text: Text) -> list[lis
     return found
 
 
-def _prompt(ids: list[int], limit: int | None, context: int, salt: str) -> Prompt:
-    param = "prompt"
+def _prompt(ids: list[int], limit: int | None, context: int, salt: str, param: str) -> Prompt:
     if not ids:
-        raise ApiError(400, "prompt: it has no tokens", param=param)
+        raise ApiError(400, f"{param}: no tokens", param=param)
     room = context - len(ids)
     if room < 1:
         message = f"the prompt has {len(ids)} tokens; with one output token the context of {context} is exceeded"

@@ -29,6 +29,7 @@ from ..core.events import (
     RequestFinished,
 )
 from ..core.instance import InstanceInfo, InstanceReport
+from ..fd_limit import raise_fd_limit
 from .journal import VERSION as JOURNAL_VERSION
 from .journal import Header, Journal
 
@@ -37,6 +38,8 @@ RECOVERY_S = 1.5
 """After a restart gateways wait so long for the instances, which try to connect at least once a second."""
 MAX_HELD = 10_000
 """Messages of gateways kept during recovery; past that it ends early."""
+MAX_FDS = 4096
+"""Links and files that the process wants to be able to have open."""
 _log = logging.getLogger(__name__)
 
 
@@ -226,6 +229,7 @@ class Server:
 
 async def serve_controller(config: ServerConfig, controller: Controller) -> None:
     """Run the controller until SIGTERM, SIGINT or cancellation. Raises OSError when the address is taken."""
+    raise_fd_limit(MAX_FDS)
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
