@@ -167,7 +167,9 @@ class _Reader:
                 text = self._read(path)
             except (OSError, UnicodeDecodeError) as error:
                 reason = getattr(error, "strerror", None) or error
-                raise field.error(f"cannot read {path}: {reason}; give a csv file relative to {self._file}") from None
+                raise field.error(
+                    f"cannot read {path}: {reason}; put it beside {self._file}, or give --csv {path}=FILE"
+                ) from None
             self._tables[key] = parse_table(text, path, timed)
         return self._tables[key]
 
