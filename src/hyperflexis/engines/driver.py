@@ -1,4 +1,5 @@
-"""What engines that are driven by the Batcher share: from a Generate to a sequence, from a Batcher to a report."""
+"""What engines that are driven by the Batcher share: from a Generate to a sequence, from that to a last emission,
+from a Batcher to a report."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from math import inf
 
 from ..batcher import Batcher, Sequence
 from ..wire import Generate, unpack_ids
-from .base import EngineReport
+from .base import Emission, EngineReport
 
 
 def sequence_of(request: Generate, now: float, payload: object) -> Sequence:
@@ -27,6 +28,19 @@ def sequence_of(request: Generate, now: float, payload: object) -> Sequence:
         last_due=_at(now, request.last_due_s),
         expected_output_tokens=request.expected_output_tokens,
         payload=payload,
+    )
+
+
+def finished(key: object, seq: Sequence, finish: str, message: str = "") -> Emission:
+    """The last emission of a stream, with the Batcher's counts."""
+    return Emission(
+        key,
+        [],
+        finish=finish,
+        num_prompt_tokens=seq.num_prompt_tokens,
+        num_output_tokens=seq.output_tokens,
+        cached_tokens=seq.cached_tokens,
+        message=message,
     )
 
 

@@ -26,7 +26,7 @@ from ..errors import HyperFlexisError, ProtocolError
 from ..policy.catalog import StepFunctions
 from ..wire import Generate, Sampling, TokenLogprob
 from .base import Emission, EngineInfo, EngineReport, Sink
-from .driver import report_of, sequence_of
+from .driver import finished, report_of, sequence_of
 
 FIRST_TOKEN, NUM_TOKENS = 32, 95
 """Token ids drawn: printable ASCII."""
@@ -167,7 +167,7 @@ class EmulatedEngine:
         if seq is None:
             return
         self._batcher.cancel(seq.id)
-        self._emit([_finished(key, seq, "cancelled")])
+        self._emit([finished(key, seq, "cancelled")])
 
     def report(self) -> EngineReport:
         """The state now. Raises HyperFlexisError after ``fail``."""
@@ -272,7 +272,7 @@ class EmulatedEngine:
             out = Emission(stream.key, [one.token_id])
         else:
             del self._streams[stream.key]
-            out = _finished(stream.key, seq, one.finish)
+            out = finished(stream.key, seq, one.finish)
             if one.finish != "stop":
                 out.token_ids.append(one.token_id)
         if stream.sampling.logprobs is not None and out.token_ids:
@@ -291,7 +291,7 @@ class EmulatedEngine:
         out = []
         for key, seq in self._streams.items():
             self._batcher.cancel(seq.id)
-            out.append(_finished(key, seq, "error", message))
+            out.append(finished(key, seq, "error", message))
         self._streams.clear()
         self._emit(out)
 
@@ -305,18 +305,6 @@ class EmulatedEngine:
 
 def _scaled(c: Coefficients, k: float) -> Coefficients:
     return Coefficients(c.c0 * k, c.c1 * k, c.c2 * k, c.c3 * k, c.c4 * k, c.q90)
-
-
-def _finished(key: object, seq: Sequence, finish: str, message: str = "") -> Emission:
-    return Emission(
-        key,
-        [],
-        finish=finish,
-        num_prompt_tokens=seq.num_prompt_tokens,
-        num_output_tokens=seq.output_tokens,
-        cached_tokens=seq.cached_tokens,
-        message=message,
-    )
 
 
 def _logprob(token: int, alternatives: int) -> TokenLogprob:

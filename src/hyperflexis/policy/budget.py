@@ -18,6 +18,8 @@ LEAD = 0.1
 """Share of its pace that each decode keeps in hand against a slow iteration, besides the model's q90 error."""
 MAX_LEAD = 1.0
 """More than a whole token in hand costs prompts more than it saves decodes."""
+PACE_MARGIN = 0.95
+"""A steady decode iteration may take this share of the tightest pace."""
 SHORTEST = 0.6
 """A decode behind its lead still grants this share of its pace, so that it recovers over a few steps, not in one."""
 

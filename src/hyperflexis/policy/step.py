@@ -23,9 +23,6 @@ from .order import Item, by_deadline, on_time_subset
 
 MIN_CHUNK = 32
 """Smallest chunk worth a place in an iteration, unless it finishes its prompt: a sliver costs more than it brings."""
-PACE_MARGIN = 0.95
-"""A steady decode iteration may take this share of the tightest pace; less for a request of lesser value than others
-here (by the square root of the ratio), since what it fills for seconds is missing when a more valuable one comes."""
 LATE_KV_SHARE = 0.3
 """Late requests are started only while less than this share of the KV cache is in use, so that they do not fill it."""
 STARVING_S = 60.0
@@ -212,7 +209,9 @@ class _Admission:
             return False
         if late and limits.kv_capacity_tokens - self._free > LATE_KV_SHARE * limits.kv_capacity_tokens:
             return False
-        margin = PACE_MARGIN * sqrt(job.value / self._top)
+        # A request of lesser value than others here may fill less: what it takes for seconds is missing when a more
+        # valuable one comes.
+        margin = budget.PACE_MARGIN * sqrt(job.value / self._top)
         return self._latency.decode_s(self._batch + 1, context) <= margin * pace
 
 

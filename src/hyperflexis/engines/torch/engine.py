@@ -25,7 +25,7 @@ from ...errors import HyperFlexisError, ProtocolError
 from ...policy.catalog import StepFunctions
 from ...wire import Generate
 from ..base import Emission, EngineInfo, EngineReport, Sink
-from ..driver import report_of, sequence_of
+from ..driver import finished, report_of, sequence_of
 from .loader import find_device, load
 from .probe import probe, shapes
 from .runner import Runner, Stream, stream_of
@@ -125,7 +125,7 @@ class TorchEngine:
         seq = self._streams.pop(key, None)
         if seq is not None:
             self._batcher.cancel(seq.id)
-            self._sink([_finished(key, seq, "cancelled")])
+            self._sink([finished(key, seq, "cancelled")])
 
     def report(self) -> EngineReport:
         """The state now. Raises HyperFlexisError when the engine has given up; its process should then end."""
@@ -210,7 +210,7 @@ class TorchEngine:
         else:
             del self._streams[key]
             # The token that ended the text is counted and not part of it.
-            out = _finished(key, one.seq, one.finish)
+            out = finished(key, one.seq, one.finish)
             if one.finish != "stop":
                 out.token_ids.append(one.token_id)
         drawn = logprobs.get(key)
@@ -238,21 +238,9 @@ class TorchEngine:
             key = stream_of(seq.payload).key
             self._batcher.cancel(seq.id)
             del self._streams[key]
-            out.append(_finished(key, seq, "error", message))
+            out.append(finished(key, seq, "error", message))
         if out:
             self._sink(out)
-
-
-def _finished(key: object, seq: Sequence, finish: str, message: str = "") -> Emission:
-    return Emission(
-        key,
-        [],
-        finish=finish,
-        num_prompt_tokens=seq.num_prompt_tokens,
-        num_output_tokens=seq.output_tokens,
-        cached_tokens=seq.cached_tokens,
-        message=message,
-    )
 
 
 def _device_kind(device: torch.device) -> str:
