@@ -3,6 +3,7 @@
     add(...)                       a request joins the waiting queue
     plan(now) -> Batch             the next iteration: whose tokens, how many, into which KV blocks
     commit(batch, sampled, ...)    the iteration ran: new tokens, finishes, the latency model learns
+    repeat(batch, seconds, ...)    the same for many iterations that only decode, at once: how the simulator leaps
     cancel(id)                     a request leaves; its blocks are free for the next plan
 
 A *sequence* is a request here. It waits while prompt tokens are missing, runs while it decodes. A preempted one goes
@@ -12,7 +13,7 @@ move only between plan and commit of the driver, one iteration at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from math import inf
@@ -21,6 +22,7 @@ from typing import Literal
 from .core.instance import RequestProgress
 from .core.latency import Coefficients, OnlineFit
 from .kv_blocks import BlockKey, KvBlocks, block_keys
+from .policy.running import Running
 from .policy.step import StepLimits, StepPolicy
 
 PROGRESS_EVERY = 16
@@ -55,14 +57,15 @@ class Sequence:
     """One request's state. Times in seconds of the driver's clock, ``inf`` where nothing is due.
 
     ``token_ids`` are prompt and output so far, or None where only sizes are known (then give ``keys``).
-    ``payload`` is the engine's own. Changed by the Batcher alone.
+    ``payload`` is the engine's own, ``memo`` the step policy's, all else is changed by the Batcher alone. While it
+    runs, its counts follow from the clock of the running set, which all of them share.
     """
 
     id: str
     num_prompt_tokens: int
     max_output_tokens: int
     token_ids: list[int] | None = None
-    keys: list[BlockKey] = field(default_factory=list)
+    keys: SequenceOf[BlockKey] = ()
     salt: str = ""
     value: float = 1.0
     first_due: float = inf
@@ -71,19 +74,37 @@ class Sequence:
     expected_output_tokens: float = 128.0
     payload: object = None
 
+    memo: object = None
     arrived_at: float = 0.0
-    num_tokens: int = 0
-    computed: int = 0
-    output_tokens: int = 0
     cached_tokens: int = 0
     blocks: list[int] = field(default_factory=list)
-    pace_s: float = inf
     first_token_at: float | None = None
-    next_due: float = inf
     missed_first: bool = False
+    late: bool = False
     started: bool = False
     finished: bool = False
     published: int = 0
+    _computed: int = 0
+    _output: int = 0
+    _last_at: float = 0.0
+    _running: Running[Sequence] | None = None
+    _block_at: int = -1
+    _reported: int = 0
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return self._output if self._running is None else self._output + self._running.ticks
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output so far."""
+        return self.num_prompt_tokens + self.output_tokens
+
+    @property
+    def computed(self) -> int:
+        """Tokens whose KV is present or known to be reusable: all but the last of a running request."""
+        return self._computed if self._running is None else self.num_tokens - 1
 
     @property
     def remaining_prefill(self) -> int:
@@ -94,21 +115,46 @@ class Sequence:
     def expected_remaining(self) -> float:
         """Output tokens still expected, at least 1. Past its class's mean a request is expected to go on for half of
         what it has produced."""
-        expected = min(self.expected_output_tokens, self.max_output_tokens) - self.output_tokens
+        output = self.output_tokens
+        expected = min(self.expected_output_tokens, self.max_output_tokens) - output
         if expected < 1.0:
-            expected = min(0.5 * self.output_tokens, self.max_output_tokens - self.output_tokens)
+            expected = min(0.5 * output, self.max_output_tokens - output)
         return max(expected, 1.0)
 
-    def _token_emitted(self, now: float) -> None:
+    @property
+    def pace_s(self) -> float:
+        """Seconds allowed per output token. With an end-to-end deadline it changes with what is left."""
+        if self.last_due == inf or self.first_token_at is None:
+            return self.pace_limit_s
+        return min(self.pace_limit_s, max(self.last_due - self._last_token_at(), 1e-3) / self.expected_remaining)
+
+    @property
+    def next_due(self) -> float:
+        """When its next token is due."""
         if self.first_token_at is None:
-            self.first_token_at = now
-            self.missed_first = now > self.first_due
-            self.pace_s = self.pace_limit_s
+            return self.first_due
         if self.last_due < inf:
-            self.pace_s = min(self.pace_limit_s, max(self.last_due - now, 1e-3) / self.expected_remaining)
-            self.next_due = now + self.pace_s
-        else:
-            self.next_due = self.first_token_at + self.output_tokens * self.pace_s
+            return self._last_token_at() + self.pace_s
+        return self.first_token_at + self.output_tokens * self.pace_limit_s
+
+    def _last_token_at(self) -> float:
+        return self._last_at if self._running is None else self._running.last_at
+
+    def _needs_block_at(self, tick: int) -> bool:
+        """True when it runs and its blocks are full; False for what was noted before it was preempted."""
+        return self._running is not None and self._block_at == tick
+
+    def _join(self, running: Running[Sequence]) -> None:
+        """Follow the clock of ``running`` from the token on that came at ``running.last_at``."""
+        self._output -= running.ticks
+        self._running = running
+
+    def _leave(self) -> None:
+        """Keep the counts as they are now."""
+        running = self._running
+        if running is not None:
+            self._computed, self._output, self._last_at = self.computed, self.output_tokens, running.last_at
+            self._running = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,16 +169,29 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One iteration. The first ``num_decodes`` chunks are decodes of one token each. ``attention`` and ``kv_tokens``
-    are the features of core/latency.py; ``budget_s`` is the time the plan allowed, ``predicted_s`` what it expects."""
+    """One iteration: ``decodes`` get one token each, ``prefills`` are chunks of prompts. ``attention`` and
+    ``kv_tokens`` are the features of core/latency.py; ``budget_s`` is the time the plan allowed, ``predicted_s`` what
+    it expects. For ``repeat`` iterations from this one on the batch stays the same, if no request comes, goes or ends.
+    """
 
-    chunks: tuple[Chunk, ...]
-    num_decodes: int
+    decodes: tuple[Sequence, ...]
+    prefills: tuple[Chunk, ...]
     prefill_tokens: int
     attention: float
     kv_tokens: int
     predicted_s: float
     budget_s: float
+    repeat: int = 1
+
+    @property
+    def num_decodes(self) -> int:
+        """Requests that decode."""
+        return len(self.decodes)
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """All that is computed, decodes first. Read it before the batch is committed."""
+        return [*(Chunk(seq, seq.computed, 1, True) for seq in self.decodes), *self.prefills]
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +237,9 @@ class Batcher:
         self._step = step
         self._victim = victim
         self._waiting: dict[str, Sequence] = {}
-        self._running: dict[str, Sequence] = {}
+        self._running: Running[Sequence] = Running()
+        self._decodes: tuple[Sequence, ...] | None = ()
+        self._needs_block: dict[int, list[Sequence]] = {}
         self._moved: dict[str, Sequence] = {}
 
     @property
@@ -190,6 +251,11 @@ class Batcher:
     def num_running(self) -> int:
         """Requests that decode."""
         return len(self._running)
+
+    @property
+    def ticks(self) -> int:
+        """Iterations so far in which the running requests got a token each."""
+        return self._running.ticks
 
     @property
     def kv_used_tokens(self) -> int:
@@ -216,30 +282,27 @@ class Batcher:
             raise RequestTooLong(f"{seq.num_prompt_tokens} prompt tokens and one output token exceed {room}")
         seq.max_output_tokens = max(1, min(seq.max_output_tokens, room - seq.num_prompt_tokens))
         seq.arrived_at = now
-        seq.num_tokens = seq.num_prompt_tokens
-        seq.next_due = seq.first_due
-        seq.pace_s = seq.pace_limit_s
         if self.config.prefix_reuse and seq.token_ids is not None and not seq.keys:
             seq.keys = block_keys(seq.token_ids, self.config.block_size, seq.salt)
-        seq.computed = self._reusable(seq)
+        seq._computed = self._reusable(seq)
         self._waiting[seq.id] = seq
 
     def cancel(self, request_id: str) -> Sequence | None:
         """Remove a request; returns it, or None when it is not here (any more)."""
-        seq = self._waiting.pop(request_id, None) or self._running.pop(request_id, None)
+        seq = self._waiting.get(request_id) or self._running.get(request_id)
         if seq is not None:
             self._end(seq)
         return seq
 
     def sequences(self) -> list[Sequence]:
         """All requests here, waiting ones first."""
-        return [*self._waiting.values(), *self._running.values()]
+        return [*self._waiting.values(), *self._running]
 
     def plan(self, now: float) -> Batch | None:
         """The next iteration, or None when there is nothing to run."""
-        if not self._waiting and not self._running:
+        running, config = self._running, self.config
+        if not self._waiting and not running:
             return None
-        config = self.config
         latency = self.fit.coefficients
         limits = StepLimits(
             config.max_batch,
@@ -247,113 +310,194 @@ class Batcher:
             config.kv_capacity_tokens,
             self.kv.available * config.block_size,
         )
-        step = self._step(now, self._waiting.values(), self._running.values(), latency, limits)
+        step = self._step(now, self._waiting.values(), running, latency, limits)
+        for seq in step.late:
+            seq.late = True
+        if step.decode:
+            self._grow_decodes(now)
+        decodes = self._all_decodes() if step.decode else ()
+        kv_tokens = running.kv_tokens if decodes else 0
         chunks: list[Chunk] = []
-        kv_tokens = 0
-        for seq in step.decodes:
-            if seq.id not in self._running:
-                continue  # preempted for an earlier decode of this plan
-            if not self._grow_for_decode(now, seq):
-                continue
-            chunks.append(Chunk(seq, seq.computed, 1, True))
-            kv_tokens += seq.computed
-        if len(chunks) and any(chunk.seq.id not in self._running for chunk in chunks):
-            chunks = [chunk for chunk in chunks if chunk.seq.id in self._running]
-            kv_tokens = sum(chunk.start for chunk in chunks)
-        num_decodes = len(chunks)
         prefill_tokens = 0
         attention = 0.0
         full = False
         for seq, tokens in step.prefills:
-            if seq.id not in self._waiting or (full and not seq.started):
+            if full and not seq.started:
                 continue
             n = self._grow_for_prefill(seq, tokens)
             if n == 0:
                 full = True  # those that hold KV may go on; new ones must not overtake
                 continue
-            chunks.append(Chunk(seq, seq.computed, n, seq.computed + n == seq.num_tokens))
+            start = seq._computed
+            chunks.append(Chunk(seq, start, n, start + n == seq.num_tokens))
             prefill_tokens += n
-            attention += n * (seq.computed + 0.5 * n)
-        if not chunks:
+            attention += n * (start + 0.5 * n)
+        if not chunks and not decodes and running:
+            self._grow_decodes(now)  # the prompts for which they should have stood still found no room
+            decodes, kv_tokens = self._all_decodes(), running.kv_tokens
+        if not chunks and not decodes:
             return self._plan_one(now)
-        predicted = latency.predict(prefill_tokens, attention, num_decodes, kv_tokens)
-        return Batch(tuple(chunks), num_decodes, prefill_tokens, attention, kv_tokens, predicted, step.budget_s)
+        predicted = latency.predict(prefill_tokens, attention, len(decodes), kv_tokens)
+        repeat = 1
+        if not self._waiting:
+            # Each decode takes a block once in block_size tokens, and one that has the block for this token may need
+            # the next at once.
+            repeat += self.kv.available // len(decodes) * config.block_size
+        return Batch(decodes, tuple(chunks), prefill_tokens, attention, kv_tokens, predicted, step.budget_s, repeat)
 
     def commit(self, batch: Batch, sampled: SequenceOf[Sampled], now: float, seconds: float) -> list[Emitted]:
         """Take in one iteration that lasted ``seconds`` and ended at ``now``.
 
         ``sampled`` holds one entry per sampling chunk, in order. Requests cancelled meanwhile are passed over.
         """
+        self._ran(batch, now, seconds)
+        emitted: list[Emitted] = []
+        tokens = iter(sampled)
+        for seq in batch.decodes:
+            token = next(tokens)
+            if not seq.finished:
+                emitted.append(self._take_token(seq, token))
+        emitted += self._prefilled(batch, tokens, now)
+        for one in emitted:
+            if one.finish is not None:
+                self._end(one.seq)
+        return emitted
+
+    def commit_sizes(self, batch: Batch, ended: Collection[Sequence], now: float, seconds: float) -> list[Emitted]:
+        """The same where tokens do not matter: ``ended`` are the requests whose last token this is. Returns first
+        tokens and last tokens only, at a cost of O(those), not O(requests)."""
+        self._ran(batch, now, seconds)
+        emitted = [Emitted(seq, 0, "stop") for seq in ended if seq._running is not None]
+        tokens = (Sampled(0, chunk.seq in ended) for chunk in batch.prefills if chunk.samples)
+        emitted += self._prefilled(batch, tokens, now)
+        for one in emitted:
+            if one.finish is not None:
+                self._end(one.seq)
+        return emitted
+
+    def repeat(self, batch: Batch, seconds: SequenceOf[float], now: float) -> Batch:
+        """Take in ``len(seconds)`` iterations of ``batch`` in a row, of which no token was a request's last, and plan
+        the next one; equal to as many calls of commit_sizes and plan. The last iteration ended at ``now``.
+
+        There may be at most ``batch.repeat - 1``, with the requests as they were when ``batch`` was planned.
+        """
+        times, decodes = len(seconds), batch.num_decodes
+        assert 0 < times < batch.repeat
+        self.fit.observe_decodes(decodes, batch.kv_tokens, seconds)
+        counters = self.counters
+        counters.iterations += times
+        counters.output_tokens += times * decodes
+        for one in seconds:
+            counters.busy_s += one
+        running = self._running
+        first = running.ticks + 1
+        running.tick(now, times)
+        for tick in range(first, first + times):
+            for seq in self._needs_block.pop(tick, ()):
+                if seq._needs_block_at(tick):
+                    self._take_block(seq, tick)
+        kv_tokens = running.kv_tokens
+        predicted = self.latency.decode_s(decodes, kv_tokens)
+        return Batch(batch.decodes, (), 0, 0.0, kv_tokens, predicted, batch.budget_s, batch.repeat - times)
+
+    def take_progress(self) -> tuple[RequestProgress, ...]:
+        """Requests that moved since the last call and where they are; a running one once in PROGRESS_EVERY tokens."""
+        for seq in self._running:
+            if seq.output_tokens // PROGRESS_EVERY > seq._reported // PROGRESS_EVERY:
+                self._moved[seq.id] = seq
+        moved = []
+        for seq in self._moved.values():
+            seq._reported = seq.output_tokens
+            moved.append(RequestProgress(seq.id, min(seq.computed, seq.num_prompt_tokens), seq._reported))
+        self._moved.clear()
+        return tuple(moved)
+
+    def _ran(self, batch: Batch, now: float, seconds: float) -> None:
+        """What every commit does: the model learns, the clock of the running requests goes on."""
         self.fit.observe(batch.prefill_tokens, batch.attention, batch.num_decodes, batch.kv_tokens, seconds)
         counters = self.counters
         counters.iterations += 1
         counters.prompt_tokens += batch.prefill_tokens
         counters.busy_s += seconds
-        emitted: list[Emitted] = []
-        tokens = iter(sampled)
-        for chunk in batch.chunks:
+        if batch.decodes:
+            counters.output_tokens += len(self._running)
+            self._running.tick(now)
+        else:
+            self._running.last_at = now
+
+    def _prefilled(self, batch: Batch, sampled: Iterator[Sampled], now: float) -> list[Emitted]:
+        """The prompts' part of a commit; those that got a token run from now on."""
+        emitted = []
+        for chunk in batch.prefills:
             seq = chunk.seq
-            token = next(tokens) if chunk.samples else None
+            token = next(sampled) if chunk.samples else None
             if seq.finished:
                 continue
-            seq.computed = chunk.start + chunk.num_tokens
-            if chunk.num_tokens > 1 or seq.output_tokens % PROGRESS_EVERY == 0:
-                self._moved[seq.id] = seq
-            if token is not None:
-                emitted.append(self._take_token(seq, token, now))
+            seq._computed = chunk.start + chunk.num_tokens
+            self._moved[seq.id] = seq
             self._publish(seq)
-            if seq.finished:
-                self._end(seq)
+            if token is not None:
+                self.counters.output_tokens += 1
+                seq._output += 1
+                seq._last_at = now
+                if seq.first_token_at is None:
+                    seq.first_token_at = now
+                    seq.missed_first = now > seq.first_due
+                emitted.append(self._take_token(seq, token))
+                self._run(seq)
         return emitted
 
-    def take_progress(self) -> tuple[RequestProgress, ...]:
-        """Requests that moved since the last call and where they are."""
-        moved = tuple(
-            RequestProgress(seq.id, min(seq.computed, seq.num_prompt_tokens), seq.output_tokens)
-            for seq in self._moved.values()
-        )
-        self._moved.clear()
-        return moved
-
-    def _take_token(self, seq: Sequence, token: Sampled, now: float) -> Emitted:
-        self.counters.output_tokens += 1
-        seq.output_tokens += 1
-        seq.num_tokens += 1
+    def _take_token(self, seq: Sequence, token: Sampled) -> Emitted:
         if seq.token_ids is not None:
             seq.token_ids.append(token.token_id)
-        seq._token_emitted(now)
         finish: FinishReason | None = None
         if token.stop:
             finish = "stop"
         elif seq.output_tokens >= seq.max_output_tokens:
             finish = "length"
-        seq.finished = finish is not None
-        if seq.id in self._waiting:
-            self._running[seq.id] = self._waiting.pop(seq.id)
         return Emitted(seq, token.token_id, finish)
+
+    def _run(self, seq: Sequence) -> None:
+        """A waiting request becomes a running one."""
+        self._waiting.pop(seq.id, None)
+        seq._join(self._running)
+        self._running.add(seq)
+        self._decodes = None
+        self._await_block(seq)
 
     def _end(self, seq: Sequence) -> None:
         seq.finished = True
         self._waiting.pop(seq.id, None)
-        self._running.pop(seq.id, None)
+        self._stop_running(seq)
         self._moved.pop(seq.id, None)
+        self._publish(seq)
         self.kv.release(seq.blocks)
         seq.blocks = []
+
+    def _stop_running(self, seq: Sequence) -> None:
+        if self._running.pop(seq.id, seq.computed) is not None:
+            seq._leave()
+            self._decodes = None
+
+    def _all_decodes(self) -> tuple[Sequence, ...]:
+        if self._decodes is None:
+            self._decodes = tuple(self._running)
+        return self._decodes
 
     def _reusable(self, seq: Sequence) -> int:
         """Tokens of ``seq`` that the cache holds now; one token is always left to compute, for its logits."""
         if not self.config.prefix_reuse:
             return 0
         usable = (seq.num_tokens - 1) // self.config.block_size
-        return self.kv.count_prefix(seq.keys[:usable]) * self.config.block_size
+        return self.kv.count_prefix(seq.keys, usable) * self.config.block_size
 
     def _start(self, seq: Sequence) -> None:
         """Take the reusable prefix; from now on the sequence holds blocks."""
         size = self.config.block_size
         usable = (seq.num_tokens - 1) // size if self.config.prefix_reuse else 0
-        seq.blocks = self.kv.take_prefix(seq.keys[:usable])
+        seq.blocks = self.kv.take_prefix(seq.keys, usable)
         seq.published = len(seq.blocks)
-        seq.computed = len(seq.blocks) * size
+        seq._computed = len(seq.blocks) * size
         seq.started = True
 
     def _give_back(self, seq: Sequence) -> None:
@@ -362,7 +506,7 @@ class Batcher:
         seq.blocks = []
         seq.started = False
         seq.published = 0
-        seq.computed = self._reusable(seq)
+        seq._computed = self._reusable(seq)
 
     def _grow_for_prefill(self, seq: Sequence, tokens: int) -> int:
         """Blocks for up to ``tokens`` more tokens of ``seq``; how many of them fit."""
@@ -371,40 +515,51 @@ class Batcher:
         if new:
             self._start(seq)
         have = len(seq.blocks) * size
-        tokens = min(tokens, seq.remaining_prefill, have + self.kv.available * size - seq.computed)
+        tokens = min(tokens, seq.remaining_prefill, have + self.kv.available * size - seq._computed)
         if tokens <= 0:
             if new:  # it would hold its prefix and not move
                 self._give_back(seq)
             return 0
-        need = -(-(seq.computed + tokens) // size) - len(seq.blocks)
+        need = -(-(seq._computed + tokens) // size) - len(seq.blocks)
         if need > 0:
             blocks = self.kv.allocate(need)
             assert blocks is not None
             seq.blocks.extend(blocks)
         if new:
-            self.counters.prefix_hit_tokens += seq.computed
+            self.counters.prefix_hit_tokens += seq._computed
             if seq.output_tokens == 0:
-                seq.cached_tokens = seq.computed
+                seq.cached_tokens = seq._computed
         return tokens
 
-    def _grow_for_decode(self, now: float, seq: Sequence) -> bool:
-        """A block for the next token of ``seq``, preempting others if need be; False when ``seq`` itself had to go."""
-        if seq.computed < len(seq.blocks) * self.config.block_size:
-            return True
-        while True:
-            blocks = self.kv.allocate(1)
-            if blocks is not None:
-                seq.blocks.extend(blocks)
-                return True
-            holders = [*self._running.values(), *(w for w in self._waiting.values() if w.started)]
-            victim = self._victim(now, holders)
-            self._preempt(victim)
-            if victim is seq:
-                return False
+    def _await_block(self, seq: Sequence) -> None:
+        """Note the tick at which the tokens of a running request will fill its blocks."""
+        tick = self._running.ticks + len(seq.blocks) * self.config.block_size - seq.computed
+        seq._block_at = tick
+        self._needs_block.setdefault(tick, []).append(seq)
+
+    def _take_block(self, seq: Sequence, tick: int) -> bool:
+        """One more block for a running request, if there is one; its full ones are offered for reuse."""
+        self._publish(seq)
+        blocks = self.kv.allocate(1)
+        if blocks is None:
+            return False
+        seq.blocks.extend(blocks)
+        seq._block_at = tick + self.config.block_size
+        self._needs_block.setdefault(seq._block_at, []).append(seq)
+        return True
+
+    def _grow_decodes(self, now: float) -> None:
+        """A block for the next token of each running request, preempting others where there is none."""
+        tick = self._running.ticks
+        for seq in self._needs_block.pop(tick, ()):
+            while seq._needs_block_at(tick) and not self._take_block(seq, tick):
+                holders = [*self._running, *(w for w in self._waiting.values() if w.started)]
+                self._preempt(self._victim(now, holders))
 
     def _preempt(self, seq: Sequence) -> None:
         self.counters.preemptions += 1
-        self._running.pop(seq.id, None)
+        self._stop_running(seq)
+        self._publish(seq)
         self._give_back(seq)
         self._waiting[seq.id] = seq
 
@@ -416,11 +571,11 @@ class Batcher:
             for seq in sorted(held or self._waiting.values(), key=lambda seq: seq.arrived_at):
                 n = self._grow_for_prefill(seq, self.config.max_batch_tokens)
                 if n:
-                    start = seq.computed
+                    start = seq._computed
                     attention = n * (start + 0.5 * n)
                     predicted = self.latency.predict(n, attention, 0, 0)
                     chunk = Chunk(seq, start, n, start + n == seq.num_tokens)
-                    return Batch((chunk,), 0, n, attention, 0, predicted, inf)
+                    return Batch((), (chunk,), n, attention, 0, predicted, inf)
             if not held:
                 return None
             self._preempt(self._victim(now, held))
@@ -430,15 +585,16 @@ class Batcher:
         if not self.config.prefix_reuse:
             return
         size = self.config.block_size
-        full = seq.computed // size
+        full = min(seq.computed // size, len(seq.blocks))
         if full <= seq.published:
             return
-        if len(seq.keys) < full:
-            if seq.token_ids is None:
-                return
+        if seq.token_ids is None:
+            full = min(full, len(seq.keys))
+        elif len(seq.keys) < full:
             done = len(seq.keys)
             parent = seq.keys[-1] if seq.keys else None
-            seq.keys += block_keys(seq.token_ids[done * size : full * size], size, seq.salt, parent)
+            ids = seq.token_ids[done * size : full * size]
+            seq.keys = [*seq.keys, *block_keys(ids, size, seq.salt, parent)]
         for index in range(seq.published, full):
             self.kv.publish(seq.blocks[index], seq.keys[index])
-        seq.published = full
+        seq.published = max(seq.published, full)

@@ -19,6 +19,7 @@ examples:
   hyperflexis serve examples/quickstart.yaml           two engines behind one gateway
   hyperflexis bench examples/demo.yaml --url http://127.0.0.1:8080
   hyperflexis demo                                     HyperFlexis against round robin, with a report
+  hyperflexis simulate examples/mixed.yaml --profile h100-llama-3.1-8b --instances 4 --loads 0.6:1.4:0.2 --report out
 """
 
 
@@ -160,6 +161,30 @@ def _demo(args: argparse.Namespace) -> int:
     return demo.main(args)
 
 
+def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+    from . import calibrate
+
+    calibrate.add_arguments(parser)
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from . import calibrate
+
+    return calibrate.main(args)
+
+
+def _simulate_arguments(parser: argparse.ArgumentParser) -> None:
+    from . import simulate
+
+    simulate.add_arguments(parser)
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    from . import simulate
+
+    return simulate.main(args)
+
+
 def _no_arguments(parser: argparse.ArgumentParser) -> None:
     pass
 
@@ -184,6 +209,12 @@ COMMANDS: dict[str, Command] = {
     ),
     "bench": Command("send a workload to a gateway and measure what was kept", _bench_arguments, _bench),
     "demo": Command("compare HyperFlexis with round robin on this machine", _demo_arguments, _demo),
+    "calibrate": Command("fit a latency profile and say how far it is off", _calibrate_arguments, _calibrate),
+    "simulate": Command(
+        "predict what share of a workload's requests a fleet keeps on time, by policy and load",
+        _simulate_arguments,
+        _simulate,
+    ),
     "version": Command("print the version", _no_arguments, _version),
     "config-docs": Command("", _no_arguments, _config_docs),
     "_controller": Command("", _controller_arguments, _controller),

@@ -14,6 +14,7 @@ The same code runs live, in the simulator and in replay. Time is an argument: se
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import assert_never
 
 from .core.cluster import Cluster, TrackedInstance, TrackedRequest
@@ -31,7 +32,7 @@ from .core.events import (
 )
 from .core.instance import InstanceInfo, InstanceState
 from .core.request import Request, RequestState
-from .policy.catalog import POLICIES
+from .policy.catalog import find_policy
 from .policy.place import PlaceMemory, Placement
 
 MAX_ATTEMPTS = 3
@@ -40,7 +41,7 @@ MAX_ATTEMPTS = 3
 
 @dataclass(frozen=True, slots=True)
 class ControllerConfig:
-    """``policy`` is a name of policy/catalog.py; with ``observe``, requests go round robin and each decision of
+    """``policy`` is what ``find_policy`` understands; with ``observe``, requests go round robin and each decision of
     ``policy`` is only noted. ``models`` are the names that the fleet serves. When every instance has more than
     ``max_backlog_s`` seconds of prompts to compute, a request is refused with 429."""
 
@@ -63,10 +64,16 @@ class Snapshot:
 
 
 class Controller:
-    """Decides; owns the cluster state and nothing else. ``shadow`` is the decision that ``observe`` did not take."""
+    """Decides; owns the cluster state and nothing else. ``shadow`` is the decision that ``observe`` did not take.
+
+    Raises ConfigError for a policy that there is not.
+    """
 
     def __init__(self, config: ControllerConfig) -> None:
         self.config = config
+        self._name = "round_robin" if config.observe else config.policy
+        self._policy = find_policy(self._name)
+        self._shadow_policy = find_policy(config.policy)
         self.cluster = Cluster()
         self.shadow: Decision | None = None
         self._memory = PlaceMemory()
@@ -118,7 +125,7 @@ class Controller:
             message = f"the shortest queue is {backlog_s:.0f} s long (limit {self.config.max_backlog_s:.0f} s)"
             return self._reject(tracked, "overloaded", message, max(backlog_s - self.config.max_backlog_s, 1.0))
         placement, decision = self._decide(now, tracked, ready)
-        if request.fail_fast and not placement.on_time:
+        if (request.fail_fast or self._policy.fail_fast) and not placement.on_time:
             late_s = placement.predicted_ttft_s - (tracked.first_due - tracked.arrived_at)
             return self._reject(tracked, "slo_infeasible", _infeasible(tracked, placement), max(late_s, 1.0))
         instance = self.cluster.instances[placement.instance]
@@ -154,20 +161,20 @@ class Controller:
         return Reject(tracked.request.id, tracked.gateway, reason, message, retry_after_s)
 
     def _decide(self, now: float, tracked: TrackedRequest, ready: list[TrackedInstance]) -> tuple[Placement, Decision]:
-        config = self.config
-        if config.observe:
-            shadow, self._shadow_memory = POLICIES[config.policy].place(now, tracked, ready, self._shadow_memory)
-            self.shadow = _decision(config.policy, shadow, note=f"would go to {shadow.instance}")
-            name = "round_robin"
-        else:
-            name = config.policy
-        placement, self._memory = POLICIES[name].place(now, tracked, ready, self._memory)
-        return placement, _decision(name, placement)
+        if self.config.observe:
+            shadow, self._shadow_memory = self._shadow_policy.place(now, tracked, ready, self._shadow_memory)
+            note = f"would go to {shadow.instance}"
+            if self._shadow_policy.fail_fast and not shadow.on_time:
+                note = "would be refused"
+            self.shadow = _decision(self.config.policy, shadow, note)
+        placement, self._memory = self._policy.place(now, tracked, ready, self._memory)
+        return placement, _decision(self._name, placement)
 
     def _track(self, request: Request, gateway: str, arrived_at: float) -> TrackedRequest:
         expected = self.cluster.expected_output_tokens(request)
-        first_due = arrived_at + request.slo.first_token_by_s(expected)
-        return TrackedRequest(request, gateway, arrived_at, first_due, expected)
+        ttft_s = request.slo.first_token_by_s(expected)
+        pace_s = request.slo.pace_s(expected, ttft_s if ttft_s < inf else 0.0)
+        return TrackedRequest(request, gateway, arrived_at, arrived_at + ttft_s, pace_s, expected)
 
     def _finished(self, event: RequestFinished) -> None:
         tracked = self.cluster.requests.get(event.id)
@@ -223,6 +230,8 @@ class Controller:
     def snapshot(self) -> Snapshot:
         """The state itself, for encoding at once: it goes on changing."""
         cluster = self.cluster
+        for instance in cluster.instances.values():
+            instance.memo = None  # derived, and of no meaning to a decoder
         bound = {id for instance in cluster.instances.values() for id in instance.requests}
         unbound = tuple(t for id, t in cluster.requests.items() if id not in bound)
         means = {f"{model}\n{name}": mean for (model, name), mean in cluster.output_mean.items()}
@@ -253,8 +262,14 @@ def _infeasible(tracked: TrackedRequest, placement: Placement) -> str:
         )
     steps = max(tracked.expected_output_tokens - 1.0, 1.0)
     step_s = (placement.predicted_e2e_s - placement.predicted_ttft_s) / steps
+    if step_s > tracked.pace_s:
+        return (
+            f"a token is expected every {step_s * 1e3:.3g} ms and promised every {tracked.pace_s * 1e3:.3g} ms "
+            f"(SLO {tracked.request.slo.names()})"
+        )
     return (
-        f"a token is expected every {step_s * 1e3:.3g} ms and promised every {tracked.pace_s * 1e3:.3g} ms "
+        f"too close to late: the first token is expected after {placement.predicted_ttft_s * 1e3:.3g} of "
+        f"{promised_s * 1e3:.3g} ms, then one every {step_s * 1e3:.3g} of {tracked.pace_s * 1e3:.3g} ms "
         f"(SLO {tracked.request.slo.names()})"
     )
 

@@ -50,7 +50,7 @@ from .demo_measure import (
 )
 from .errors import ConfigError, HyperFlexisError
 from .launch.local import own_command
-from .policy.catalog import POLICIES
+from .policy.catalog import find_policy, split_specs
 from .sim.workload import Workload, with_slos
 from .telemetry import machine, report
 from .telemetry.summary import Summary, summarise
@@ -266,10 +266,12 @@ def main(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> Plan:
     engine = ENGINES[args.engine]
-    policies = tuple(dict.fromkeys(args.policies.split(",")))
+    policies = tuple(split_specs(args.policies))
     for policy in policies:
-        if policy not in POLICIES:
-            raise ConfigError(f"--policies: no policy is named {policy!r}; there are {', '.join(sorted(POLICIES))}")
+        try:
+            find_policy(policy)
+        except ConfigError as error:
+            raise ConfigError(f"--policies: {error}") from error
     instances = engine.instances if args.instances is None else args.instances
     for name, value in (
         ("--instances", instances),

@@ -11,6 +11,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
+from itertools import islice
 
 BlockKey = bytes
 
@@ -54,16 +55,18 @@ class KvBlocks:
         """Blocks that at least one sequence holds."""
         return self.num_blocks - self.available
 
-    def count_prefix(self, keys: Sequence[BlockKey]) -> int:
-        """How many leading keys are present, without taking them."""
-        for n, key in enumerate(keys):
+    def count_prefix(self, keys: Sequence[BlockKey], most: int | None = None) -> int:
+        """How many leading keys are present, at most ``most``, without taking them."""
+        count = 0
+        for key in islice(keys, most):
             if key not in self._by_key:
-                return n
-        return len(keys)
+                break
+            count += 1
+        return count
 
-    def take_prefix(self, keys: Sequence[BlockKey]) -> list[int]:
-        """Hold the blocks of the longest present prefix of ``keys`` and return them in order."""
-        blocks = [self._by_key[key] for key in keys[: self.count_prefix(keys)]]
+    def take_prefix(self, keys: Sequence[BlockKey], most: int | None = None) -> list[int]:
+        """Hold the blocks of the longest present prefix of ``keys``, at most ``most``, and return them in order."""
+        blocks = [self._by_key[key] for key in keys[: self.count_prefix(keys, most)]]
         for block in blocks:
             if self._holders[block] == 0:
                 del self._cached[block]

@@ -25,7 +25,7 @@ from .errors import ConfigError, HyperFlexisError
 from .gateway.config import GatewayConfig, Limits, Tenant
 from .launch.local import instance_command, own_command, start_process
 from .launch.static import endpoint_command
-from .policy.catalog import POLICIES
+from .policy.catalog import Policy, find_policy
 from .runtime.server import ServerConfig
 from .runtime.state import Lock, StateFile, socket_dir
 from .runtime.supervisor import Child, Supervisor, observe_fleet
@@ -115,12 +115,12 @@ def children(fleet: Fleet, state_dir: Path) -> list[Child]:
     found = [Child("controller", "controller", lambda term: own_command("_controller", str(state_dir), str(term)), {})]
     sockets, controller = socket_dir(state_dir), controller_address(state_dir)
     # While observing, requests go round robin, as to the engines that observing stands in front of.
-    step = POLICIES["round_robin" if fleet.observe else fleet.policy].step
+    policy = find_policy("round_robin" if fleet.observe else fleet.policy)
     for name, model in fleet.models.items():
         for index in range(model.num_instances):
             id = f"{name.replace('/', '-')}-{index}"
             listen = f"unix:{sockets / f'instance-{len(found)}.sock'}"
-            command = _instance(model, index, id, name, listen, controller, step)
+            command = _instance(model, index, id, name, listen, controller, policy)
             found.append(Child(id, "instance", command, model.env))
     for index in range(fleet.gateways):
         found.append(Child(f"gateway-{index}", "gateway", _gateway(state_dir, index), {}))
@@ -136,9 +136,12 @@ def _gateway(state_dir: Path, index: int) -> Callable[[int], Sequence[str]]:
 
 
 def _instance(
-    model: Model, index: int, id: str, name: str, listen: str, controller: str, step: str
+    model: Model, index: int, id: str, name: str, listen: str, controller: str, policy: Policy
 ) -> Callable[[int], Sequence[str]]:
-    options = list(_options(model.engine_args()))
+    step, engine_args = policy.step, model.engine_args()
+    if policy.chunk is not None:
+        engine_args = engine_args.model_copy(update={"max_batch_tokens": policy.chunk})
+    options = list(_options(engine_args))
     if model.path is not None and model.engine == "torch":
         options += ["--model", model.path]
     if model.profile is not None:

@@ -1,4 +1,6 @@
 import random
+from dataclasses import replace
+from itertools import accumulate
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,11 +17,52 @@ coefficients = st.builds(
 )
 
 
-@given(coefficients, st.floats(1e-4, 1.0), st.integers(0, 30_000))
-def test_tokens_within_is_the_largest_that_fits(c, seconds, context):
-    n = c.tokens_within(seconds, context)
-    assert c.prefill_s(n, context) <= seconds * (1 + 1e-9)
-    assert c.prefill_s(n + 2, context) > seconds
+curves = st.lists(st.tuples(st.integers(1, 500), st.floats(0.0, 2.0)), max_size=5).map(
+    lambda steps: (
+        tuple(
+            zip(
+                accumulate((x for x, _ in steps), initial=0),
+                accumulate((x * y for x, y in steps), initial=0.0),
+                strict=True,
+            )
+        )
+        if steps
+        else ()
+    )
+)
+
+
+@given(
+    coefficients,
+    curves,
+    st.floats(1e-4, 1.0),
+    st.integers(0, 30_000),
+    st.integers(0, 64),
+    st.integers(0, 50_000),
+    st.lists(st.tuples(st.integers(1, 400), st.integers(0, 4000)), max_size=2),
+)
+def test_tokens_within_is_the_largest_that_fits(c, curve, seconds, context, decodes, kv_tokens, chunks):
+    c = replace(c, curve=curve)
+    kv_tokens = kv_tokens if decodes else 0
+    used, attention = sum(n for n, _ in chunks), attention_of(chunks)
+
+    def time_of(n):
+        return c.predict(used + n, attention + attention_of([(n, context)]), decodes, kv_tokens)
+
+    n = c.tokens_within(seconds, context, decodes, kv_tokens, used, attention)
+    assert n == 0 or time_of(n) <= seconds * (1 + 1e-9)
+    assert time_of(n + 2) > seconds * (1 - 1e-9)
+
+
+@given(coefficients, curves, st.integers(1, 64), st.lists(st.floats(0.5, 2.0), min_size=1, max_size=200))
+def test_many_decodes_at_once_teach_what_single_ones_do(c, curve, decodes, factors):
+    one, many = OnlineFit(replace(c, curve=curve)), OnlineFit(replace(c, curve=curve))
+    kv = [1000 * decodes + k * decodes for k in range(len(factors))]
+    seconds = [factor * c.decode_s(decodes, tokens) for factor, tokens in zip(factors, kv, strict=True)]
+    for tokens, second in zip(kv, seconds, strict=True):
+        one.observe(0, 0.0, decodes, tokens, second)
+    many.observe_decodes(decodes, kv[0], seconds)
+    assert many.coefficients == one.coefficients
 
 
 def _shapes(rng: random.Random, count: int):

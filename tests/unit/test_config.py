@@ -42,6 +42,11 @@ REFUSED = {
     ),
     "not a number": (MODEL + "classes: [{name: a, ttft_ms: .nan}]\n", ["fleet.yaml:2: classes.0.ttft_ms"]),
     "unknown policy": (MODEL + "policy: fastest\n", ["fleet.yaml:2: policy", "round_robin"]),
+    "bad chunk of a policy": (MODEL + "policy: edf@many\n", ["fleet.yaml:2: policy", "'many' is no number of tokens"]),
+    "chunk for servers of their own": (
+        "model: {name: a, engine: openai, endpoints: ['http://x:1']}\npolicy: edf@512\n",
+        ["fleet.yaml:2: policy", "write edf"],
+    ),
     "twice": (MODEL + "gateways: 1\ngateways: 2\n", ["fleet.yaml:3", "'gateways' stands here twice"]),
     "syntax": (MODEL + "gateways: [1\n", ["fleet.yaml:3", "not valid YAML"]),
     "no mapping": ("- 1\n", ["fleet.yaml:1", "mapping"]),

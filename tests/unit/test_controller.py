@@ -19,6 +19,7 @@ from hyperflexis.core.instance import InstanceInfo, InstanceReport, RequestProgr
 from hyperflexis.core.latency import Coefficients
 from hyperflexis.core.request import Request
 from hyperflexis.core.slo import Slo
+from hyperflexis.errors import ConfigError
 
 MODEL = Coefficients(c0=0.010, c1=1e-4, c2=0.0, c3=5e-4, c4=0.0)
 
@@ -104,6 +105,30 @@ def test_a_pace_that_no_step_can_hold_is_refused_too_when_the_client_fails_fast(
     assert isinstance(slow, Dispatch) and not slow.decision.on_time
     refused = ask(c, request("f", slo=Slo(1.0, 0.001), fail_fast=True))
     assert isinstance(refused, Reject) and "promised every 1 ms" in refused.message
+
+
+def test_admission_at_the_door_refuses_whether_the_client_chose_so_or_not():
+    c = controller("reject_at_door", instances=1)
+    assert isinstance(ask(c, request("ok", prompt=5000)), Dispatch)
+    refused = ask(c, request("late", prompt=8000))
+    assert isinstance(refused, Reject) and refused.reason == "slo_infeasible"
+    assert "promised within 1e+03 ms" in refused.message
+    assert isinstance(ask(c, request("tight", prompt=100, ttft_s=0.6)), Dispatch), "it overtakes"
+    strict = controller("reject_at_door@8192,1.5", instances=1)
+    refused = ask(strict, request("r", prompt=7500))
+    assert isinstance(refused, Reject) and refused.message.startswith("too close to late: the first token is expected")
+
+
+def test_observing_admission_refuses_nothing_but_notes_it():
+    c = controller("reject_at_door", observe=True)
+    sent = ask(c, request("late", prompt=8000, ttft_s=0.1))
+    assert isinstance(sent, Dispatch) and sent.decision.policy == "round_robin"
+    assert c.shadow is not None and (c.shadow.policy, c.shadow.note) == ("reject_at_door", "would be refused")
+
+
+def test_a_policy_that_there_is_not_is_refused_at_the_start():
+    with pytest.raises(ConfigError, match="did you mean least_loaded"):
+        controller("least_load")
 
 
 def test_refusals_say_why():

@@ -87,3 +87,15 @@ def test_two_instances_of_one_name_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="'a-b-0': rename a model"):
         serve.children(read_fleet(tmp_path / "fleet.yaml"), tmp_path)
+
+
+def test_the_tokens_that_a_policy_allows_reach_the_instances(tmp_path: Path) -> None:
+    (tmp_path / "fleet.yaml").write_text(
+        "model: {name: a, engine: emulated, profile: h100-llama-3.1-8b, args: {max_batch_tokens: 4096}}\n"
+        "policy: reject_at_door@512,1.2\n"
+    )
+    fleet = read_fleet(tmp_path / "fleet.yaml")
+    (command,) = [" ".join(c.command(1)) for c in serve.children(fleet, tmp_path) if c.role == "instance"]
+    assert "--step edf" in command
+    assert "--max-batch-tokens=512" in command and "4096" not in command
+    assert serve.server_config(fleet, tmp_path, 1)[1].policy == "reject_at_door@512,1.2"

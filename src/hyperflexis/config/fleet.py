@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from ..engines.profiles import load_profile
 from ..errors import ConfigError
+from ..policy.catalog import POLICIES, find_policy
 from .document import Document, load_yaml
 from .errors import describe
 
@@ -300,8 +301,11 @@ class Fleet(Section):
     """Class of requests that name none; the first class when absent."""
     service_tiers: dict[str, str] | None = None
     """OpenAI's `service_tier` values and the classes they mean."""
-    policy: Literal["hyperflexis", "round_robin", "least_loaded"] = "hyperflexis"
-    """Who decides which instance gets a request and what it runs next; the last two are for comparison."""
+    policy: str = Field(
+        default="hyperflexis",
+        description=f"Who decides which instance gets a request and what it runs next: {', '.join(POLICIES)}. All but "
+        "the first are for comparison (docs/policies/baselines.md). `NAME@512`: at most 512 tokens in an iteration.",
+    )
     listen: Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^\s:/]+):\d{1,5}$")] = "127.0.0.1:8080"
     """HOST:PORT for clients; port 0 takes a free one."""
     gateways: Annotated[int, Field(ge=1, le=64)] = 1
@@ -332,6 +336,19 @@ class Fleet(Section):
         if int(listen.rpartition(":")[2]) > 65535:
             raise ValueError("the port is above 65535")
         return listen
+
+    @field_validator("policy")
+    @classmethod
+    def _policy_fits(cls, spec: str, info: ValidationInfo) -> str:
+        try:
+            chunk = find_policy(spec).chunk
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        models: dict[str, Model] = info.data.get("models", {})
+        for name, model in models.items():
+            if chunk is not None and "max_batch_tokens" not in ENGINE_ARGS[model.engine].model_fields:
+                raise ValueError(f"the servers of models.{name} form their iterations: write {spec.partition('@')[0]}")
+        return spec
 
     @model_validator(mode="after")
     def _refers_to_what_is_there(self) -> Self:

@@ -24,13 +24,16 @@ OUTPUT_WEIGHT = 0.02
 
 @dataclass(slots=True, eq=False)
 class TrackedRequest:
-    """A request in flight. ``first_due`` is when its first token is due; ``prefilled`` and ``output_tokens`` are what
-    its instance last reported."""
+    """A request in flight. ``first_due`` is when its first token is due, ``pace_s`` the seconds allowed per output
+    token (inf: nothing promised); ``prefilled`` and ``output_tokens`` are what its instance last reported. ``work_s``
+    and ``context_tokens`` are what its instance counts for it: prompt seconds to come, and the KV tokens that it holds
+    or will hold soon."""
 
     request: Request
     gateway: str
     arrived_at: float
     first_due: float
+    pace_s: float
     expected_output_tokens: float
     state: RequestState = RequestState.WAITING
     instance: str | None = None
@@ -38,21 +41,16 @@ class TrackedRequest:
     prefilled: int = 0
     output_tokens: int = 0
     missed_first: bool = False
-
-    @property
-    def pace_s(self) -> float:
-        """Seconds allowed per output token (inf: nothing promised)."""
-        ttft_s = self.first_due - self.arrived_at if self.first_due < inf else 0.0
-        return self.request.slo.pace_s(self.expected_output_tokens, ttft_s)
+    work_s: float = 0.0
+    context_tokens: float = 0.0
 
     @property
     def remaining_prefill(self) -> int:
         """Prompt tokens not yet computed; 0 once a token was sent."""
         return 0 if self.output_tokens else max(self.request.num_prompt_tokens - self.prefilled, 0)
 
-    @property
-    def context_tokens(self) -> float:
-        """KV tokens it holds or will hold soon: the prompt and half of its expected output."""
+    def expected_context(self) -> float:
+        """The prompt and half of its expected output, or what it has put out if that is more."""
         return self.request.num_prompt_tokens + max(self.output_tokens, 0.5 * self.expected_output_tokens)
 
     def move(self, state: RequestState) -> None:
@@ -66,7 +64,9 @@ class TrackedInstance:
     """An instance and the totals of the requests bound to it.
 
     ``prefill_s``: seconds of prompt work; ``num_decodes`` and ``decode_kv_tokens``: requests past their prompt and
-    their context; ``kv_tokens``: context of all bound ones; ``min_pace_s``: the tightest pace that still can be kept.
+    their context; ``kv_tokens``: context of all bound ones; ``paces``: how many requests have which pace, without
+    those that have missed it. ``memo`` is for the placement policy alone: what it has derived from the prompts to
+    compute here, forgotten when they change.
     """
 
     info: InstanceInfo
@@ -78,7 +78,8 @@ class TrackedInstance:
     num_decodes: int = 0
     decode_kv_tokens: float = 0.0
     kv_tokens: float = 0.0
-    min_pace_s: float = inf
+    paces: dict[float, int] = field(default_factory=dict)
+    memo: object = None
 
     @property
     def id(self) -> str:
@@ -90,6 +91,11 @@ class TrackedInstance:
         """Requests bound to it."""
         return len(self.requests)
 
+    @property
+    def min_pace_s(self) -> float:
+        """The tightest pace of a request here whose first token was not late (inf: none)."""
+        return min(self.paces, default=inf)
+
     def move(self, state: InstanceState) -> None:
         """Change state along the table; raises IllegalTransition."""
         check_instance_move(self.state, state)
@@ -98,50 +104,55 @@ class TrackedInstance:
     def bind(self, tracked: TrackedRequest) -> None:
         """Count a request that was dispatched here."""
         self.requests[tracked.request.id] = tracked
-        self.prefill_s += self._work_s(tracked)
-        self.kv_tokens += tracked.context_tokens
-        if tracked.remaining_prefill == 0:
-            self.num_decodes += 1
-            self.decode_kv_tokens += tracked.context_tokens
-        if not tracked.missed_first:
-            self.min_pace_s = min(self.min_pace_s, tracked.pace_s)
+        self._count(tracked)
 
     def unbind(self, tracked: TrackedRequest) -> None:
         """Forget a request that left."""
-        if self.requests.pop(tracked.request.id, None) is None:
-            return
-        self.prefill_s = max(self.prefill_s - self._work_s(tracked), 0.0)
-        self.kv_tokens = max(self.kv_tokens - tracked.context_tokens, 0.0)
-        if tracked.remaining_prefill == 0:
-            self.num_decodes -= 1
-            self.decode_kv_tokens = max(self.decode_kv_tokens - tracked.context_tokens, 0.0)
-        if tracked.pace_s <= self.min_pace_s:
-            self._refresh_pace()
+        if tracked.request.id in self.requests:
+            self._uncount(tracked)
+            del self.requests[tracked.request.id]
 
     def take_report(self, report: InstanceReport, now: float) -> None:
-        """Update progress and latency, and recompute the totals: O(requests here), ten times a second at most."""
+        """Update latency, and progress and totals of the requests that moved: O(those)."""
         self.report = report
         self.latency = report.latency
         for progress in report.progress:
             tracked = self.requests.get(progress.id)
             if tracked is None:
                 continue
+            self._uncount(tracked)
             if progress.output_tokens and not tracked.output_tokens:
                 tracked.missed_first = now - REPORT_DELAY_S > tracked.first_due
             tracked.prefilled = max(tracked.prefilled, progress.prefilled_tokens)
             tracked.output_tokens = max(tracked.output_tokens, progress.output_tokens)
-        self.prefill_s = sum(self._work_s(tracked) for tracked in self.requests.values())
-        self.kv_tokens = sum(tracked.context_tokens for tracked in self.requests.values())
-        decodes = [tracked for tracked in self.requests.values() if tracked.remaining_prefill == 0]
-        self.num_decodes = len(decodes)
-        self.decode_kv_tokens = sum(tracked.context_tokens for tracked in decodes)
-        self._refresh_pace()
+            self._count(tracked)
 
-    def _refresh_pace(self) -> None:
-        self.min_pace_s = min((t.pace_s for t in self.requests.values() if not t.missed_first), default=inf)
+    def _count(self, tracked: TrackedRequest) -> None:
+        tracked.work_s = self.latency.prefill_s(tracked.remaining_prefill, tracked.prefilled)
+        tracked.context_tokens = tracked.expected_context()
+        self.kv_tokens += tracked.context_tokens
+        if tracked.remaining_prefill:
+            self.memo = None
+            self.prefill_s += tracked.work_s
+        else:
+            self.num_decodes += 1
+            self.decode_kv_tokens += tracked.context_tokens
+        if not tracked.missed_first:
+            self.paces[tracked.pace_s] = self.paces.get(tracked.pace_s, 0) + 1
 
-    def _work_s(self, tracked: TrackedRequest) -> float:
-        return self.latency.prefill_s(tracked.remaining_prefill, tracked.prefilled)
+    def _uncount(self, tracked: TrackedRequest) -> None:
+        # Rounding must not leave less than nothing behind.
+        self.kv_tokens = max(self.kv_tokens - tracked.context_tokens, 0.0)
+        if tracked.remaining_prefill:
+            self.memo = None
+            self.prefill_s = max(self.prefill_s - tracked.work_s, 0.0)
+        else:
+            self.num_decodes -= 1
+            self.decode_kv_tokens = max(self.decode_kv_tokens - tracked.context_tokens, 0.0)
+        if not tracked.missed_first:
+            self.paces[tracked.pace_s] -= 1
+            if not self.paces[tracked.pace_s]:
+                del self.paces[tracked.pace_s]
 
 
 class Cluster:

@@ -6,6 +6,12 @@ over the prefill chunks (n new tokens on top of ctx computed ones) and B decodes
 c0: weights read and launch overhead; c1: linear layers per prompt token; c2: attention of prompt tokens;
 c3: cost of one more decode; c4: reading one token's KV. All are non-negative.
 
+Accelerators are not linear at small sizes: while the weights are read, some hundred tokens are computed for nothing.
+Where that is known, ``curve`` gives E, the *effective tokens* of the linear layers, and an iteration with prompts
+costs what all of its tokens cost together, if that is more than its decodes cost alone:
+
+    t = c0 + max(c1 * E(sum(n) + B), c3 * B) + c2 * sum(n * (ctx + n/2)) + c4 * KV           [seconds]
+
 The fit is recursive least squares on relative errors (a 10 ms miss matters more in a 20 ms iteration than in a
 400 ms one), started at the profile, with a bounded covariance; after each update negative coefficients are cut to
 zero. A *new operating point* is required: in steady decode the same row arrives thousands of times, and plain
@@ -14,17 +20,31 @@ recursive least squares then winds up (its covariance collapses along one direct
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 
 NUM_COEFFICIENTS = 5
+REFRESH_EVERY = 16
+"""The estimate that is given out changes once in this many iterations (at first in fewer, since it learns faster then),
+so that what is derived from it can be kept."""
+
+MOST_TOKENS = 1 << 30
+"""How many prompt tokens fit where they cost nothing."""
+
+Row = tuple[float, float, float, float]
+"""What c1 to c4 are multiplied with."""
 
 
 @dataclass(frozen=True, slots=True)
 class Coefficients:
     """The five coefficients, in seconds (per token, per token squared, per request, per KV token), and the
-    relative error ``q90`` that nine in ten iterations stay under (0.1: at most 10% slower than predicted)."""
+    relative error ``q90`` that nine in ten iterations stay under (0.1: at most 10% slower than predicted).
+
+    ``curve`` is empty, or knots (tokens, effective tokens) from (0, 0) on, growing in the first and not falling in
+    the second; straight lines in between, slope 1 beyond the last.
+    """
 
     c0: float
     c1: float
@@ -32,17 +52,42 @@ class Coefficients:
     c3: float
     c4: float
     q90: float = 0.0
+    curve: tuple[tuple[float, float], ...] = ()
+
+    def effective_tokens(self, tokens: float) -> float:
+        """E(tokens); the tokens themselves where there is no curve."""
+        curve = self.curve
+        if not curve:
+            return tokens
+        at = bisect_right(curve, (tokens, inf))
+        x, y = curve[at - 1]
+        if at == len(curve):
+            return y + tokens - x
+        x1, y1 = curve[at]
+        return y + (tokens - x) * (y1 - y) / (x1 - x)
+
+    def row(self, prefill_tokens: float, attention: float, decodes: float, kv_tokens: float) -> Row:
+        """The features of an iteration with ``attention`` = sum n*(ctx + n/2), so that its time is c0 plus their
+        product with c1 to c4."""
+        if not self.curve:
+            return prefill_tokens, attention, decodes, kv_tokens
+        if prefill_tokens:
+            effective = self.effective_tokens(prefill_tokens + decodes)
+            if self.c1 * effective > self.c3 * decodes:
+                return effective, attention, 0.0, kv_tokens
+        return 0.0, attention, decodes, kv_tokens
 
     def predict(self, prefill_tokens: float, attention: float, decodes: float, kv_tokens: float) -> float:
         """Seconds of an iteration with ``attention`` = sum n*(ctx + n/2)."""
-        return self.c0 + self.c1 * prefill_tokens + self.c2 * attention + self.c3 * decodes + self.c4 * kv_tokens
+        x1, x2, x3, x4 = self.row(prefill_tokens, attention, decodes, kv_tokens)
+        return self.c0 + self.c1 * x1 + self.c2 * x2 + self.c3 * x3 + self.c4 * x4
 
     def decode_s(self, decodes: float, kv_tokens: float) -> float:
         """Seconds of an iteration that only decodes."""
         return self.c0 + self.c3 * decodes + self.c4 * kv_tokens
 
     def prefill_s(self, num_tokens: float, context: float = 0.0) -> float:
-        """Marginal seconds of prefilling ``num_tokens`` after ``context`` computed ones, without c0."""
+        """Marginal seconds of prefilling ``num_tokens`` after ``context`` computed ones in large chunks, without c0."""
         return num_tokens * (self.c1 + self.c2 * (context + 0.5 * num_tokens))
 
     def output_s(self, num_output_tokens: float, num_prompt_tokens: float) -> float:
@@ -50,15 +95,49 @@ class Coefficients:
         steps = max(num_output_tokens - 1.0, 0.0)
         return steps * (self.c3 + self.c4 * (num_prompt_tokens + 0.5 * num_output_tokens))
 
-    def tokens_within(self, seconds: float, context: float) -> int:
-        """The most prompt tokens n of one chunk with ``prefill_s(n, context) <= seconds``."""
+    def tokens_within(
+        self,
+        seconds: float,
+        context: float,
+        decodes: int = 0,
+        kv_tokens: float = 0.0,
+        used_tokens: int = 0,
+        used_attention: float = 0.0,
+    ) -> int:
+        """The most prompt tokens of a chunk after ``context`` computed ones that an iteration has room for, when it
+        may last ``seconds`` in all and already has ``decodes`` and ``used_tokens`` other prompt tokens. 0 for none."""
+        left = seconds - self.c0 - self.c2 * used_attention - self.c4 * kv_tokens
+        curve = self.curve
+        if not curve:
+            return self._root(left - self.c1 * used_tokens - self.c3 * decodes, context)
+        if left < self.c3 * decodes:
+            return 0
+        first = used_tokens + decodes
+        at = bisect_right(curve, (first, inf))
+        while at < len(curve):
+            x1, y1 = curve[at]
+            n = x1 - first
+            if self.c1 * y1 + self.c2 * n * (context + 0.5 * n) > left:
+                break
+            at += 1
+        # In the segment that starts at (x, y): c1*(y + slope*(first + n - x)) + c2*n*(context + n/2) <= left.
+        x, y = curve[at - 1]
+        slope = 1.0
+        if at < len(curve):
+            slope = (curve[at][1] - y) / (curve[at][0] - x)
+        n = self._root(left - self.c1 * (y + slope * (first - x)), context, slope)
+        if at < len(curve):
+            n = min(n, int(curve[at][0] - first))
+        return min(n, self._root(left - self.c3 * decodes, context, 0.0)) if decodes else n
+
+    def _root(self, seconds: float, context: float, slope: float = 1.0) -> int:
+        """The most n with ``slope*c1*n + c2*n*(context + n/2) <= seconds``."""
         if seconds <= 0.0:
             return 0
-        linear, square = self.c1 + self.c2 * context, 0.5 * self.c2
-        if square > 0.0:
-            root = (linear * linear + 4.0 * square * seconds) ** 0.5
-            return int(2.0 * seconds / (linear + root))  # the stable form of the quadratic's positive root
-        return int(seconds / linear) if linear > 0.0 else 1 << 30
+        linear, square = slope * self.c1 + self.c2 * context, 0.5 * self.c2
+        # The stable form of the quadratic's positive root.
+        per_token = 0.5 * (linear + (linear * linear + 4.0 * square * seconds) ** 0.5)
+        return int(min(seconds / per_token, MOST_TOKENS)) if per_token > 0.0 else MOST_TOKENS
 
 
 def attention_of(chunks: Iterable[tuple[int, int]]) -> float:
@@ -81,53 +160,65 @@ class OnlineFit:
         self._p = [[(1.0 / prior_strength if i == j else 0.0) for j in range(5)] for i in range(5)]
         self._p_max = 1.0 / prior_strength
         self._forgetting = forgetting
-        self._last_row: tuple[float, float, float, float] | None = None
+        self._curve = prior.curve
+        self._last_row: Row | None = None
         self._repeats = 0
         self._q90 = prior.q90
         self._bias = 1.0
+        self._coefficients = prior
+        self._refresh_at = 1
         self.observations = 0
 
     @property
     def coefficients(self) -> Coefficients:
         """The current estimate. A steady drift of the whole device is folded in as a common factor."""
-        c = self._theta
-        k = self._bias
-        return Coefficients(c[0] * k, c[1] * k, c[2] * k, c[3] * k, c[4] * k, self._q90)
+        return self._coefficients
 
     def observe(self, prefill_tokens: int, attention: float, decodes: int, kv_tokens: int, seconds: float) -> None:
         """Take in one iteration's shape and its measured duration.
 
         Durations that are not positive and finite are ignored (a suspended process or a clock step).
         """
-        if not 0.0 < seconds < inf:
-            return
-        row = (float(prefill_tokens), attention, float(decodes), float(kv_tokens))
-        predicted = self.coefficients.predict(*row)
-        ratio = min(max(seconds / max(predicted, 1e-9), 0.2), 5.0)
-        self.observations += 1
-        # A quantile tracked by asymmetric steps: up 0.9, down 0.1 of a step sized to the residual's scale.
-        error = ratio - 1.0
-        self._q90 += 0.02 * (0.9 if error > self._q90 else -0.1)
-        self._q90 = min(max(self._q90, 0.0), 1.0)
-        if self._is_repeat(row):
-            # Steady state: the direction is known, only the level may drift.
-            self._bias *= 1.0 + 0.02 * max(min(ratio - 1.0, 0.5), -0.5)
-            self._bias = min(max(self._bias, 0.2), 5.0)
-            return
-        self._last_row = row
-        self._update(row, min(seconds, 5.0 * predicted))
+        self._observe(self.coefficients.row(prefill_tokens, attention, decodes, kv_tokens), (seconds,))
 
-    def _is_repeat(self, row: tuple[float, float, float, float]) -> bool:
-        last = self._last_row
-        if last is None:
-            return False
-        near = all(abs(a - b) <= 0.02 * max(a, b) for a, b in zip(row, last, strict=True))
-        self._repeats = self._repeats + 1 if near else 0
-        return near and self._repeats % 64 != 0
+    def observe_decodes(self, decodes: int, kv_tokens: int, seconds: Sequence[float]) -> None:
+        """As many calls of ``observe``, for iterations that only decode, each with ``decodes`` more KV tokens than
+        the one before."""
+        self._observe((0, 0.0, decodes, kv_tokens), seconds)
 
-    def _update(self, row: tuple[float, float, float, float], seconds: float) -> None:
+    def _observe(self, row: Row, measured: Sequence[float]) -> None:
+        x1, x2, x3, kv = row
+        theta, last = self._theta, self._last_row
+        bias, q90, repeats = self._bias, self._q90, self._repeats
+        base = theta[0] + theta[1] * x1 + theta[2] * x2 + theta[3] * x3
+        near = last is not None and _near(x1, last[0]) and _near(x2, last[1]) and _near(x3, last[2])
+        for seconds in measured:
+            if 0.0 < seconds < inf:
+                self.observations += 1
+                predicted = bias * (base + theta[4] * kv)
+                error = min(max(seconds / max(predicted, 1e-9), 0.2), 5.0) - 1.0
+                # A quantile tracked by asymmetric steps: up 0.9, down 0.1 of a step sized to the residual's scale.
+                q90 = min(max(q90 + (0.018 if error > q90 else -0.002), 0.0), 1.0)
+                same = near and last is not None and _near(kv, last[3])
+                repeats = repeats + 1 if same else 0
+                if same and repeats % 64:
+                    # Steady state: the direction is known, only the level may drift.
+                    bias *= 1.0 + 0.02 * max(min(error, 0.5), -0.5)
+                    bias = min(max(bias, 0.2), 5.0)
+                else:
+                    last = self._last_row = (x1, x2, x3, kv)
+                    self._update(last, min(seconds, 5.0 * predicted) / bias)
+                    base = theta[0] + theta[1] * x1 + theta[2] * x2 + theta[3] * x3
+                    near = True
+                if self.observations == self._refresh_at:
+                    self._refresh_at += min(REFRESH_EVERY, 1 + self.observations // 8)
+                    c0, c1, c2, c3, c4 = (c * bias for c in theta)
+                    self._coefficients = Coefficients(c0, c1, c2, c3, c4, q90, self._curve)
+            kv += x3
+        self._bias, self._q90, self._repeats = bias, q90, repeats
+
+    def _update(self, row: Row, seconds: float) -> None:
         scale, p = self._scale, self._p
-        seconds /= self._bias
         predicted = self._theta[0] + sum(c * x for c, x in zip(self._theta[1:], row, strict=True))
         weight = 1.0 / max(predicted, 1e-9)
         x = [scale[0] * weight, *(s * v * weight for s, v in zip(scale[1:], row, strict=True))]
@@ -145,3 +236,8 @@ class OnlineFit:
             for i in range(5):
                 for j in range(5):
                     p[i][j] *= shrink
+
+
+def _near(a: float, b: float) -> bool:
+    """Within 2%: the same operating point."""
+    return abs(a - b) <= 0.02 * max(a, b)

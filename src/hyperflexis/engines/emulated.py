@@ -17,7 +17,7 @@ import os
 import random
 import time
 from binascii import crc32
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..batcher import Batch, Batcher, BatcherConfig, Emitted, RequestTooLong, Sampled, Sequence
 from ..core.latency import Coefficients, OnlineFit
@@ -96,7 +96,6 @@ class EmulatedEngine:
         self._config = config
         self._clock = time.monotonic
         profile = config.profile
-        self._truth = profile.coefficients
         self._prior = _scaled(profile.coefficients, config.prior_scale)
         block = config.block_size
         self._sizes = BatcherConfig(
@@ -221,8 +220,8 @@ class EmulatedEngine:
         batch = self._batch = self._batcher.plan(self._clock())
         if batch is None:
             return
-        seconds = self._truth.predict(batch.prefill_tokens, batch.attention, batch.num_decodes, batch.kv_tokens)
-        seconds *= self._slow
+        iteration_s = self._config.profile.iteration_s
+        seconds = iteration_s(batch.prefill_tokens, batch.attention, batch.num_decodes, batch.kv_tokens) * self._slow
         if self._config.noise:
             seconds *= max(self._random.gauss(1.0, self._config.noise), 0.1)
         self._batch_s = seconds
@@ -304,7 +303,7 @@ class EmulatedEngine:
 
 
 def _scaled(c: Coefficients, k: float) -> Coefficients:
-    return Coefficients(c.c0 * k, c.c1 * k, c.c2 * k, c.c3 * k, c.c4 * k, c.q90)
+    return replace(c, c0=c.c0 * k, c1=c.c1 * k, c2=c.c2 * k, c3=c.c3 * k, c4=c.c4 * k)
 
 
 def _logprob(token: int, alternatives: int) -> TokenLogprob:

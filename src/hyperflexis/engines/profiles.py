@@ -1,16 +1,18 @@
-"""Finds and reads profile files: those that ship with the package, and the user's own by path."""
+"""Profile files: finds and reads those that ship with the package and the user's own, and writes new ones."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-from ..core.profile import Profile, profile_from_dict
+from ..core.profile import Profile, profile_from_dict, profile_to_dict
 from ..errors import ConfigError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # In an installed package the files lie inside it; in a source tree they lie at its top.
 _FOLDERS = (_PACKAGE / "profiles", _PACKAGE.parents[1] / "profiles")
+_WIDTH = 120
 
 
 def shipped_profiles() -> dict[str, Path]:
@@ -38,3 +40,27 @@ def load_profile(name_or_path: str) -> Profile:
     except ValueError as error:
         raise ConfigError(f"profile {path} is not JSON: {error}") from error
     return profile_from_dict(data, str(path))
+
+
+def save_profile(profile: Profile, path: Path) -> None:
+    """Write a file that ``load_profile`` reads. Raises ConfigError when it cannot be written."""
+    try:
+        path.write_text(_text(profile_to_dict(profile)) + "\n")
+    except OSError as error:
+        raise ConfigError(f"profile {path} cannot be written: {error.strerror}") from error
+
+
+def _text(value: Any, indent: str = "", used: int = 0) -> str:
+    """JSON for people: what fits on a line is on one line."""
+    line = json.dumps(value, ensure_ascii=False)
+    if used + len(line) <= _WIDTH or not isinstance(value, dict | list | tuple):
+        return line
+    inner = indent + "  "
+    if isinstance(value, dict):
+        names = {json.dumps(key): item for key, item in value.items()}
+        parts = [f"{name}: {_text(item, inner, len(inner) + len(name) + 3)}" for name, item in names.items()]
+        opening, closing = "{}"
+    else:
+        parts = [_text(item, inner, len(inner) + 1) for item in value]
+        opening, closing = "[]"
+    return f"{opening}\n{inner}" + f",\n{inner}".join(parts) + f"\n{indent}{closing}"

@@ -8,33 +8,40 @@ optimal for equal values, and never worse than the best single one). Dropped req
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from heapq import heappop, heappush
+from typing import NamedTuple
+
+ROUNDING_S = 1e-9
+"""Sums of work are compared with this tolerance: taking a job out again leaves rounding behind."""
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One queued job. ``due`` (on the caller's clock) and ``work_s`` in seconds; ``cost`` is what is compared per
-    ``value`` when something has to go: usually work_s, or all the work that keeping it entails."""
+class Item(NamedTuple):
+    """One queued job. ``due`` (on the caller's clock) and ``work_s`` in seconds. ``price`` is what is compared when
+    something has to go: the work of keeping it, per value. Items compare by deadline; among equals the cheaper comes
+    first, so that ties do not depend on arrival."""
 
-    id: str
     due: float
+    price: float
+    id: str
     work_s: float
     value: float
-    cost: float
 
 
-def by_deadline(items: Iterable[Item]) -> list[Item]:
-    """Items by deadline; among equals the cheaper first, so that ties do not depend on arrival."""
-    return sorted(items, key=lambda item: (item.due, item.cost / item.value, item.id))
-
-
-def on_time_subset(ordered: Iterable[Item], start: float = 0.0, speed: float = 1.0) -> list[Item]:
+def on_time_subset(ordered: Sequence[Item], start: float = 0.0, speed: float = 1.0) -> Sequence[Item]:
     """The kept items, in deadline order, when service begins at ``start`` and does ``speed`` work seconds a second.
 
-    ``ordered`` must be sorted by deadline. Values must be positive.
+    ``ordered`` must be sorted. Values must be positive.
     """
+    work = 0.0
+    for item in ordered:
+        work += item.work_s
+        if work > (item.due - start) * speed + ROUNDING_S:
+            return _moore_hodgson(ordered, start, speed)
+    return ordered
+
+
+def _moore_hodgson(ordered: Sequence[Item], start: float, speed: float) -> list[Item]:
     kept: dict[str, Item] = {}
     heap: list[tuple[float, str]] = []
     best_single: Item | None = None
@@ -42,13 +49,13 @@ def on_time_subset(ordered: Iterable[Item], start: float = 0.0, speed: float = 1
     work = 0.0
     for item in ordered:
         room = (item.due - start) * speed
-        if item.work_s <= room and (best_single is None or item.value > best_single.value):
+        if item.work_s <= room + ROUNDING_S and (best_single is None or item.value > best_single.value):
             best_single = item
         kept[item.id] = item
-        heappush(heap, (-item.cost / item.value, item.id))
+        heappush(heap, (-item.price, item.id))
         work += item.work_s
         value += item.value
-        while work > room and heap:
+        while work > room + ROUNDING_S and heap:
             dropped = kept.pop(heappop(heap)[1])
             work -= dropped.work_s
             value -= dropped.value
@@ -57,6 +64,6 @@ def on_time_subset(ordered: Iterable[Item], start: float = 0.0, speed: float = 1
     return list(kept.values())
 
 
-def on_time_value(ordered: Iterable[Item], start: float = 0.0, speed: float = 1.0) -> float:
+def on_time_value(ordered: Sequence[Item], start: float = 0.0, speed: float = 1.0) -> float:
     """Summed value of the on-time subset."""
     return sum(item.value for item in on_time_subset(ordered, start, speed))

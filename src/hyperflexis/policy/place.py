@@ -10,13 +10,14 @@ both lost in our experiments.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from heapq import nsmallest
 
 from ..core.cluster import TrackedInstance, TrackedRequest
 from .budget import CAP_S, PACE_MARGIN
-from .order import Item, by_deadline, on_time_subset, on_time_value
+from .order import Item, on_time_subset, on_time_value
 
 MAX_CANDIDATES = 8
 """How many of the least loaded are looked at closely."""
@@ -68,22 +69,21 @@ def prefill_share(instance: TrackedInstance) -> float:
     return max(1.0 - decode_s / step_s, MIN_SHARE) if step_s > 0.0 else MIN_SHARE
 
 
-def queue_of(instance: TrackedInstance) -> list[Item]:
-    """The requests whose prompts wait or run on the instance, by deadline."""
-    latency = instance.latency
-    items = []
-    for tracked in instance.requests.values():
-        remaining = tracked.remaining_prefill
-        if remaining:
-            items.append(item_of(tracked, latency.prefill_s(remaining, tracked.prefilled)))
-            if len(items) == MAX_RANKED:
-                break
-    return by_deadline(items)
+def queue_of(instance: TrackedInstance, now: float) -> list[Item]:
+    """The requests whose prompts wait or run on the instance and whose first token is not overdue, by deadline."""
+    items = instance.memo
+    if not isinstance(items, list):
+        items = instance.memo = sorted(
+            item_of(tracked, tracked.work_s) for tracked in instance.requests.values() if tracked.remaining_prefill
+        )
+    first = bisect_left(items, (now,))
+    return items[first : first + MAX_RANKED]
 
 
 def item_of(tracked: TrackedRequest, work_s: float) -> Item:
     """A request as a job of the on-time subset."""
-    return Item(tracked.request.id, tracked.first_due, work_s, tracked.request.value, work_s)
+    request = tracked.request
+    return Item(tracked.first_due, work_s / request.value, request.id, work_s, request.value)
 
 
 def place(
@@ -105,20 +105,23 @@ def _evaluate(now: float, tracked: TrackedRequest, instance: TrackedInstance, ca
     work_s = latency.prefill_s(request.num_prompt_tokens)
     share = prefill_share(instance)
     mine = item_of(tracked, work_s)
-    queue = queue_of(instance)
+    queue = queue_of(instance, now)
     start = now + latency.c0
     # Late requests are served last, so only those that can be kept stand in front of one that can.
-    kept = on_time_subset(by_deadline([*queue, mine]), start, share)
+    joined = queue.copy()
+    insort(joined, mine)
+    kept = on_time_subset(joined, start, share)
     starts_on_time = mine in kept
     gain = sum(item.value for item in kept) - on_time_value(queue, start, share)
     ahead = kept if starts_on_time else queue
     before_s = sum(item.work_s for item in ahead if item.due <= mine.due and item is not mine)
     ttft_s = now - tracked.arrived_at + latency.c0 + (before_s + work_s) / share
-    step_s = latency.decode_s(instance.num_decodes + 1, instance.decode_kv_tokens + tracked.context_tokens)
+    context = tracked.expected_context()
+    step_s = latency.decode_s(instance.num_decodes + 1, instance.decode_kv_tokens + context)
     pace_s = min(instance.min_pace_s, tracked.pace_s)
     if (
         step_s > PACE_MARGIN * pace_s
-        or instance.kv_tokens + tracked.context_tokens > instance.info.kv_capacity_tokens
+        or instance.kv_tokens + context > instance.info.kv_capacity_tokens
         or instance.num_requests >= instance.info.max_batch
     ):
         gain -= 2.0 * request.value
@@ -131,7 +134,8 @@ def predict_first_come(now: float, tracked: TrackedRequest, instance: TrackedIns
     """What to expect on an instance that serves in arrival order: the baselines' prediction."""
     latency = instance.latency
     work_s = latency.prefill_s(tracked.request.num_prompt_tokens)
-    step_s = latency.decode_s(instance.num_decodes + 1, instance.decode_kv_tokens + tracked.context_tokens)
+    context = tracked.expected_context()
+    step_s = latency.decode_s(instance.num_decodes + 1, instance.decode_kv_tokens + context)
     ttft_s = now - tracked.arrived_at + latency.c0 + instance.prefill_s + work_s
     e2e_s = ttft_s + max(tracked.expected_output_tokens - 1.0, 0.0) * step_s
     on_time = tracked.arrived_at + ttft_s <= tracked.first_due and step_s <= tracked.pace_s

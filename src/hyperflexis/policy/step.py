@@ -12,14 +12,15 @@ Pure: the Batcher owns the state, vLLM's scheduler plug-in can call the same fun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from math import inf, sqrt
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from ..core.latency import Coefficients
 from . import budget
-from .order import Item, by_deadline, on_time_subset
+from .order import Item, on_time_subset
+from .running import Decoding, Running
 
 MIN_CHUNK = 32
 """Smallest chunk worth a place in an iteration, unless it finishes its prompt: a sliver costs more than it brings."""
@@ -30,26 +31,16 @@ STARVING_S = 60.0
 STARVING_SHARE = 0.1
 MAX_RANKED = 512
 """Waiting requests ranked per iteration, by arrival; the rest wait their turn. Bounds the cost of a long queue."""
+MAX_REFUSED = 16
+"""After this many refusals in a row of service no other is asked for: the batch is as good as full."""
 
 
-class Job(budget.Pace, Protocol):
+class Job(Decoding, Protocol):
     """A request on an instance, as policies see it. Sizes in tokens."""
-
-    @property
-    def id(self) -> str:
-        """Unique on the instance."""
 
     @property
     def arrived_at(self) -> float:
         """When the instance got it."""
-
-    @property
-    def value(self) -> float:
-        """Priority times tenant weight, positive."""
-
-    @property
-    def computed(self) -> int:
-        """Context tokens whose KV is present or known to be reusable."""
 
     @property
     def remaining_prefill(self) -> int:
@@ -58,6 +49,13 @@ class Job(budget.Pace, Protocol):
     @property
     def started(self) -> bool:
         """True when it holds KV blocks."""
+
+    @property
+    def late(self) -> bool:
+        """True when an earlier plan has found it ``late``."""
+
+    memo: object
+    """For the policy alone: what it has computed of the request and may find again."""
 
 
 J = TypeVar("J", bound=Job)
@@ -75,113 +73,178 @@ class StepLimits:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan(Generic[J]):
-    """``decodes`` get one token each; ``prefills`` are (request, new tokens). ``demoted`` counts the waiting requests
-    that are not expected to be on time; ``budget_s`` is the time allowed."""
+    """``prefills`` are (request, new tokens). All running requests get one token each, unless ``decode`` is False.
+    ``budget_s`` is the time allowed. ``late`` are waiting requests that cannot make their deadline any more, and were
+    not known to be ``late`` before."""
 
-    decodes: list[J]
     prefills: list[tuple[J, int]]
-    budget_s: float
-    demoted: int
+    budget_s: float = inf
+    decode: bool = True
+    late: tuple[J, ...] = ()
 
 
-StepPolicy = Callable[[float, Collection[J], Collection[J], Coefficients, StepLimits], "StepPlan[J]"]
+StepPolicy = Callable[[float, Collection[J], "Running[J]", Coefficients, StepLimits], "StepPlan[J]"]
+"""(now, requests with prompt tokens to compute in arrival order, running requests, latency, limits) -> next iteration.
+With nothing waiting it must plan no prefill and let all running requests decode."""
 
 
 def plan(
-    now: float, waiting: Collection[J], running: Collection[J], latency: Coefficients, limits: StepLimits
+    now: float, waiting: Collection[J], running: Running[J], latency: Coefficients, limits: StepLimits
 ) -> StepPlan[J]:
-    """The next iteration. ``waiting`` holds requests with prompt tokens to compute, in arrival order."""
-    decodes = list(running)
-    kv_tokens = sum(job.computed for job in decodes)
-    decode_s = latency.decode_s(len(decodes), kv_tokens)
-    budget_s = budget.iteration_s(now, decodes, decode_s, latency.q90)
+    """The next iteration; see the module's rules."""
+    decodes, kv_tokens = len(running), running.kv_tokens
+    decode_s = latency.decode_s(decodes, kv_tokens)
     if not waiting:
-        return StepPlan(decodes, [], budget_s, 0)
-    jobs = list(waiting)[:MAX_RANKED]
+        return StepPlan([])
+    tightest = list(running.tightest(now, decode_s))
+    budget_s = budget.iteration_s(now, tightest, decode_s, latency.q90)
     share = max(1.0 - decode_s / budget_s, 0.05) if budget_s > 0.0 else 0.05
-    ordered, starving, demoted = _rank(now, jobs, latency, share)
-    time_left = budget_s - decode_s
-    tokens_left = limits.max_batch_tokens - len(decodes)
-    admission = _Admission(now, decodes, jobs, decode_s, kv_tokens, latency, limits)
-    prefills: list[tuple[J, int]] = []
-    if starving is not None and admission.admits(starving, late=False):
-        n = _chunk(starving, max(STARVING_SHARE * time_left, 0.0), tokens_left, latency)
-        if n == 0 and not decodes:  # on a slow device its share of the time may never hold a chunk
-            n = min(starving.remaining_prefill, MIN_CHUNK, tokens_left)
-        if n:
-            prefills.append((starving, n))
-            time_left -= latency.prefill_s(n, starving.computed)
-            tokens_left -= n
-    for job, late in ordered:
-        must_run = not decodes and not prefills  # progress, whatever the coefficients say
-        if (time_left <= 0.0 and not must_run) or tokens_left <= 0:
-            break
-        if job is starving or not admission.admits(job, late):
+    queue = _Queue(now, list(waiting)[:MAX_RANKED], latency, share)
+    paces = [job.pace_s for job in tightest if not budget.is_lost(job, now, decode_s)]
+    pace, top = min(paces, default=inf), max(running.top_value, queue.top)
+    admission = _Admission(queue.holding, decodes, kv_tokens, pace, top, latency, limits)
+    room: _Room[J] = _Room(decodes, kv_tokens, limits.max_batch_tokens - decodes, latency)
+    if queue.starving is not None and admission.admits(queue.starving, late=False):
+        # On a slow device its share of the time may never hold a chunk.
+        room.give(queue.starving, decode_s + STARVING_SHARE * max(budget_s - decode_s, 0.0), must_run=not decodes)
+    refused = 0
+    for job, late in queue.in_order():
+        must_run = not decodes and not room.prefills  # progress, whatever the coefficients say
+        if job is queue.starving:
             continue
-        n = _chunk(job, time_left, tokens_left, latency)
-        if n == 0 and must_run:
-            n = min(job.remaining_prefill, MIN_CHUNK, tokens_left)
-        if n == 0:
+        if not admission.admits(job, late):
+            refused += 1
+            if refused == MAX_REFUSED:
+                break
+        elif not room.give(job, budget_s, must_run):
             break
-        prefills.append((job, n))
-        time_left -= latency.prefill_s(n, job.computed)
-        tokens_left -= n
-    return StepPlan(decodes, prefills, budget_s, demoted)
+    return StepPlan(room.prefills, budget_s, late=tuple(queue.newly_late))
 
 
-def _rank(now: float, jobs: list[J], latency: Coefficients, share: float) -> tuple[list[tuple[J, bool]], J | None, int]:
-    """(request, is late) in order of service, the longest starving request, and how many are not kept."""
-    late: list[J] = []
-    items: list[Item] = []
-    by_id: dict[str, J] = {}
-    for job in jobs:
-        work_s = latency.prefill_s(job.remaining_prefill, job.computed)
-        due = job.next_due - now - latency.c0
-        if work_s > due or job.missed_first:
-            late.append(job)
-            continue
-        by_id[job.id] = job
-        cost = work_s + latency.output_s(job.expected_remaining, job.computed + job.remaining_prefill)
-        items.append(Item(job.id, due, work_s, job.value, cost))
-    items = by_deadline(items)
-    kept = on_time_subset(items, speed=share)
-    kept_ids = {item.id for item in kept}
-    order = [(by_id[item.id], False) for item in kept]
-    order += [(by_id[item.id], False) for item in items if item.id not in kept_ids]
-    late.sort(key=lambda job: (not job.started, job.remaining_prefill / job.value, job.arrived_at))
-    order += [(job, True) for job in late]
-    not_kept = order[len(kept) :]
-    starving: J | None = None
-    for job, _ in not_kept:
-        if now - job.arrived_at > STARVING_S and (starving is None or job.arrived_at < starving.arrived_at):
-            starving = job
-    return order, starving, len(not_kept)
+class _Room(Generic[J]):
+    """What an iteration can still take, in time and tokens, and who got it: ``prefills`` are (request, tokens)."""
+
+    def __init__(self, decodes: int, kv_tokens: int, tokens: int, latency: Coefficients) -> None:
+        self.prefills: list[tuple[J, int]] = []
+        self._decodes = decodes
+        self._kv_tokens = kv_tokens
+        self._tokens = tokens
+        self._latency = latency
+        self._used = 0
+        self._attention = 0.0
+
+    def give(self, job: J, budget_s: float, must_run: bool) -> bool:
+        """A chunk for ``job`` in an iteration of at most ``budget_s``; False when there is no room for one."""
+        context, remaining = job.computed, job.remaining_prefill
+        n = self._latency.tokens_within(budget_s, context, self._decodes, self._kv_tokens, self._used, self._attention)
+        n = min(n, remaining, self._tokens)
+        if n < min(remaining, MIN_CHUNK):
+            if not must_run:
+                return False
+            n = min(remaining, MIN_CHUNK, self._tokens)
+        if n <= 0:
+            return False
+        self.prefills.append((job, n))
+        self._tokens -= n
+        self._used += n
+        self._attention += n * (context + 0.5 * n)
+        return True
 
 
-def _chunk(job: Job, time_s: float, tokens: int, latency: Coefficients) -> int:
-    """Tokens of ``job`` to compute within ``time_s`` and ``tokens``; 0 rather than a sliver."""
-    n = min(job.remaining_prefill, tokens, latency.tokens_within(time_s, job.computed))
-    return n if n >= min(job.remaining_prefill, MIN_CHUNK) else 0
+class _Rank(NamedTuple):
+    """What is known of a waiting request as long as ``latency`` and ``computed`` stay the same."""
+
+    latency: Coefficients
+    computed: int
+    item: Item
+
+
+def _rank(job: J, latency: Coefficients) -> _Rank:
+    tokens, context = job.remaining_prefill, job.computed
+    work_s = latency.prefill_s(tokens, context)
+    cost = work_s + latency.output_s(job.expected_remaining, context + tokens)
+    rank = _Rank(latency, context, Item(job.next_due, cost / job.value, job.id, work_s, job.value))
+    job.memo = rank
+    return rank
+
+
+class _Queue(Generic[J]):
+    """The waiting requests by what can become of them. ``holding`` counts those that hold KV, ``top`` is the largest
+    value."""
+
+    def __init__(self, now: float, jobs: list[J], latency: Coefficients, share: float) -> None:
+        self.jobs = jobs
+        self.newly_late: list[J] = []
+        self.holding = 0
+        self.top = 0.0
+        start = now + latency.c0
+        items: list[Item] = []
+        by_id: dict[str, J] = {}
+        for job in jobs:
+            if job.started:
+                self.holding += 1
+            if job.value > self.top:
+                self.top = job.value
+            if job.late:
+                continue
+            rank = job.memo
+            if not isinstance(rank, _Rank) or rank.latency is not latency or rank.computed != job.computed:
+                rank = _rank(job, latency)
+            item = rank.item
+            if start + item.work_s > item.due or job.missed_first:
+                self.newly_late.append(job)
+            else:
+                by_id[item.id] = job
+                items.append(item)
+        items.sort()
+        kept = on_time_subset(items, start, share)
+        self._kept = [by_id.pop(item.id) for item in kept]
+        self._demoted = [by_id[item.id] for item in items if item.id in by_id] if by_id else []
+        self.starving = self._find_starving(now)
+
+    def in_order(self) -> Iterator[tuple[J, bool]]:
+        """(request, is late) in order of service."""
+        for job in self._kept:
+            yield job, False
+        for job in self._demoted:
+            yield job, False
+        late = [*(job for job in self.jobs if job.late), *self.newly_late]
+        late.sort(key=lambda job: (not job.started, job.remaining_prefill / job.value, job.arrived_at))
+        for job in late:
+            yield job, True
+
+    def _find_starving(self, now: float) -> J | None:
+        """The oldest request that is not kept, if it has waited for too long."""
+        if now - self.jobs[0].arrived_at <= STARVING_S:
+            return None
+        kept = {job.id for job in self._kept}
+        for job in self.jobs:
+            if now - job.arrived_at <= STARVING_S:
+                break
+            if job.id not in kept:
+                return job
+        return None
 
 
 class _Admission:
     """Whether a request may join the batch, asked in order of service: it counts what is in front, not those half-done
-    prompts behind that will wait."""
+    prompts behind that will wait. ``holding`` are the waiting ones that hold KV, ``pace`` is the tightest that can
+    still be kept, ``top`` the largest value here."""
 
     def __init__(
         self,
-        now: float,
-        decodes: list[J],
-        jobs: list[J],
-        decode_s: float,
+        holding: int,
+        decodes: int,
         kv_tokens: int,
+        pace: float,
+        top: float,
         latency: Coefficients,
         limits: StepLimits,
     ) -> None:
-        self._top = max([job.value for job in decodes] + [job.value for job in jobs])
-        self._pace = min((job.pace_s for job in decodes if not budget.is_lost(job, now, decode_s)), default=inf)
-        self._batch = len(decodes)
-        self._holding = len(decodes) + sum(job.started for job in jobs)
+        self._top = top
+        self._pace = pace
+        self._batch = decodes
+        self._holding = decodes + holding
         self._kv = float(kv_tokens)
         self._free = float(limits.kv_free_tokens)
         self._latency = latency

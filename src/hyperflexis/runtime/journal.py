@@ -91,6 +91,12 @@ def encode_effects(effects: Sequence[Effect]) -> bytes:
     return msgspec.json.encode([_Tagged(type(effect).__name__, effect) for effect in effects])
 
 
+def encode_line(now: float, event: Event, effects: Sequence[Effect], shadow: Decision | None = None) -> bytes:
+    """The journal's line of one handled event, with its newline."""
+    tagged = [_Tagged(type(effect).__name__, effect) for effect in effects]
+    return msgspec.json.encode(_Line(now, _Tagged(type(event).__name__, event), tagged, shadow)) + b"\n"
+
+
 class Journal:
     """Writes segments ``journal-NNNNNN.jsonl`` into ``directory``, the last ``keep`` of them.
 
@@ -139,14 +145,12 @@ class Journal:
             for item in batch:
                 if isinstance(item, Header):
                     self._open_segment()
-                    data = msgspec.json.encode(item)
+                    data = msgspec.json.encode(item) + b"\n"
                 else:
-                    event = _Tagged(type(item.event).__name__, item.event)
-                    effects = [_Tagged(type(effect).__name__, effect) for effect in item.effects]
-                    data = msgspec.json.encode(_Line(item.now, event, effects, item.shadow))
+                    data = encode_line(item.now, item.event, item.effects, item.shadow)
                 assert self._file is not None
-                self._file.write(data + b"\n")
-                self._bytes += len(data) + 1
+                self._file.write(data)
+                self._bytes += len(data)
             if self._file is not None:
                 self._file.flush()
         except OSError as error:

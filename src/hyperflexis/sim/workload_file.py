@@ -1,16 +1,14 @@
-"""Reading workload files: YAML and csv text in, frozen values out, every mistake named with its line and remedy.
+"""Reading workload files: YAML text in, frozen values out, every mistake named with its line and remedy.
 
 Files named by the workload are read through a function that the caller passes in: nothing here touches a disk.
 """
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from math import isfinite
 
 import yaml
@@ -23,6 +21,8 @@ from .workload import (
     LogNormal,
     Phase,
     RateArrivals,
+    SessionArrivals,
+    SessionRow,
     StatisticalLengths,
     TableLengths,
     TraceArrivals,
@@ -31,9 +31,18 @@ from .workload import (
     WorkloadClass,
     share_tables,
 )
+from .workload_csv import parse_sessions, parse_table
 
 ReadFile = Callable[[str], str]
 """Gives the text of a file named in a workload; raises OSError when it cannot be read."""
+
+ARRIVAL_KEYS: dict[str, tuple[str, ...]] = {
+    "trace": ("start_s", "rate_scale", "copies", "jitter_s"),
+    "sessions": ("rate_rps", "steps", "cv", "think_scale"),
+    "rate_rps": ("cv",),
+    "steps": ("cv",),
+}
+"""Kinds of arrivals, in the order in which their key decides, and the keys that each takes besides."""
 
 
 class _Field:
@@ -159,32 +168,55 @@ class _Reader:
     def __init__(self, file: str, read: ReadFile) -> None:
         self._file, self._read = file, read
         self._tables: dict[tuple[str, bool], tuple[TraceRow, ...]] = {}
+        self._sessions: dict[str, tuple[tuple[SessionRow, ...], ...]] = {}
+
+    def text(self, field: _Field, path: str) -> str:
+        try:
+            return self._read(path)
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise field.error(
+                f"cannot read {path}: {reason}; put it beside {self._file}, or give --csv {path}=FILE"
+            ) from None
 
     def table(self, field: _Field, path: str, timed: bool) -> tuple[TraceRow, ...]:
         key = (path, timed)
         if key not in self._tables:
-            try:
-                text = self._read(path)
-            except (OSError, UnicodeDecodeError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise field.error(
-                    f"cannot read {path}: {reason}; put it beside {self._file}, or give --csv {path}=FILE"
-                ) from None
-            self._tables[key] = parse_table(text, path, timed)
+            self._tables[key] = parse_table(self.text(field, path), path, timed)
         return self._tables[key]
 
+    def sessions(self, field: _Field, path: str) -> tuple[tuple[SessionRow, ...], ...]:
+        if path not in self._sessions:
+            self._sessions[path] = parse_sessions(self.text(field, path), path)
+        return self._sessions[path]
+
     def arrivals(self, field: _Field) -> Arrivals:
-        keys = field.fields(("trace", "start_s", "rate_scale", "copies", "jitter_s", "rate_rps", "steps", "cv"))
-        kinds = [kind for kind in ("trace", "rate_rps", "steps") if kind in keys]
-        if len(kinds) != 1:
-            raise field.error("needs exactly one of trace, rate_rps and steps")
-        foreign = {"start_s", "rate_scale", "copies", "jitter_s"} if kinds != ["trace"] else {"cv"}
-        for key in sorted(foreign & keys.keys()):
-            raise keys[key].error(f"has no meaning with {kinds[0]}; remove it")
-        if kinds == ["trace"]:
-            return self._trace_arrivals(keys)
+        keys = field.fields(tuple(dict.fromkeys(chain(ARRIVAL_KEYS, *ARRIVAL_KEYS.values()))))
+        kind = next((kind for kind in ARRIVAL_KEYS if kind in keys), "")
+        foreign = sorted(keys.keys() - {kind, *ARRIVAL_KEYS.get(kind, ())})
+        if not kind or any(key in ARRIVAL_KEYS for key in foreign):
+            raise field.error(
+                "needs exactly one of trace, sessions, rate_rps and steps (sessions with either of the last)"
+            )
+        if foreign:
+            raise keys[foreign[0]].error(f"has no meaning with {kind}; remove it")
+        match kind:
+            case "trace":
+                return self._trace_arrivals(keys)
+            case "sessions":
+                path = keys["sessions"].text()
+                if ("rate_rps" in keys) == ("steps" in keys):
+                    raise field.error("sessions need one of rate_rps and steps: how many begin per second")
+                think_scale = keys["think_scale"].number(0.0, exclusive=True) if "think_scale" in keys else 1.0
+                return SessionArrivals(
+                    path, self.sessions(keys["sessions"], path), self._rate_arrivals(keys), think_scale
+                )
+            case _:
+                return self._rate_arrivals(keys)
+
+    def _rate_arrivals(self, keys: dict[str, _Field]) -> RateArrivals:
         cv = keys["cv"].number(0.0, 100.0, exclusive=True) if "cv" in keys else 1.0
-        if kinds == ["rate_rps"]:
+        if "rate_rps" in keys:
             return RateArrivals(((0.0, keys["rate_rps"].number(0.0, 1e6, exclusive=True)),), cv)
         steps: list[tuple[float, float]] = []
         for step in keys["steps"].items():
@@ -200,8 +232,9 @@ class _Reader:
 
     def _trace_arrivals(self, keys: dict[str, _Field]) -> TraceArrivals:
         path = keys["trace"].text()
-        ordered = sorted(self.table(keys["trace"], path, timed=True), key=lambda row: row.t)
-        rows = tuple(replace(row, t=row.t - ordered[0].t) for row in ordered)
+        rows = self.table(keys["trace"], path, timed=True)
+        if rows[0].t > 0.0:
+            rows = tuple(replace(row, t=row.t - rows[0].t) for row in rows)
         if rows[-1].t <= 0.0:
             raise keys["trace"].error(f"{path} needs at least two rows at different times")
         start_s = keys["start_s"].number(0.0) if "start_s" in keys else 0.0
@@ -227,8 +260,11 @@ class _Reader:
         if arrivals is None and "share" not in keys:
             raise field.error("'share' is missing; add it, or arrivals of its own")
         lengths = self.lengths(keys["lengths"]) if "lengths" in keys else None
-        if lengths is None and not isinstance(arrivals or shared, TraceArrivals):
-            raise field.error("'lengths' is missing; only a trace brings its own")
+        source = arrivals or shared
+        if lengths is None and not isinstance(source, TraceArrivals | SessionArrivals):
+            raise field.error("'lengths' is missing; only a trace or sessions bring their own")
+        if lengths is not None and isinstance(source, SessionArrivals):
+            raise keys["lengths"].error("sessions bring their own; remove it")
         return WorkloadClass(
             name=keys["name"].text(),
             slo=Slo(seconds("ttft_ms"), seconds("tpot_ms"), seconds("e2e_ms")),
@@ -267,34 +303,3 @@ class _Reader:
                 raise share.error(f"no class of that name takes a share; classes that do: {', '.join(sorted(shared))}")
             shares.append((name, share.number(0.0, 1e9)))
         return Phase(keys["at_s"].number(0.0, exclusive=True), tuple(shares))
-
-
-def parse_table(text: str, path: str, timed: bool) -> tuple[TraceRow, ...]:
-    """The rows of a csv with columns prompt_tokens, output_tokens, and, when ``timed``, t in seconds; optionally
-    hash_ids (numbers apart by spaces) and session. Other columns are left alone. Outputs of 0 count as 1 (the
-    first token is always computed). Raises ConfigError naming file, line and column."""
-    reader = csv.DictReader(io.StringIO(text))
-    needed = ("t", "prompt_tokens", "output_tokens") if timed else ("prompt_tokens", "output_tokens")
-    missing = [column for column in needed if column not in (reader.fieldnames or ())]
-    if missing:
-        raise ConfigError(f"{path}:1: column {missing[0]!r} is missing; the header needs {', '.join(needed)}")
-    rows: list[TraceRow] = []
-    for cells in reader:
-        try:
-            row = TraceRow(
-                float(cells["t"]) if timed else 0.0,
-                max(int(cells["prompt_tokens"]), 1),
-                max(int(cells["output_tokens"]), 1),
-                tuple(int(h) for h in (cells.get("hash_ids") or "").split()),
-                cells.get("session") or "",
-            )
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{path}:{reader.line_num}: {error}; every row needs numbers in {', '.join(needed)}"
-            ) from None
-        if not isfinite(row.t):
-            raise ConfigError(f"{path}:{reader.line_num}: t must be a finite number of seconds")
-        rows.append(row)
-    if not rows:
-        raise ConfigError(f"{path}: no rows below the header")
-    return tuple(rows)

@@ -1,7 +1,6 @@
 """Plots and a self-contained HTML page from the runs of one or more policies.
 
-The page needs nothing but itself: pictures are embedded, there is no script and no link to follow. Matplotlib is
-imported only here and only when a report is written; it is installed by the extra ``report``.
+The page needs nothing but itself: pictures are embedded, there is no script and no link to follow.
 """
 
 from __future__ import annotations
@@ -10,35 +9,20 @@ import base64
 import html
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core.record import Record, Run
 from ..errors import HyperFlexisError
+from . import plot
+from .plot import number, percent
 from .summary import Summary, class_names, summarise
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Runs = Mapping[str, Sequence[Run]]
 """Policy -> its runs. The n-th runs of all policies saw the same arrivals where there are several."""
 
-# Okabe and Ito's palette: told apart with any colour vision, and in print.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_STYLE: Any = {  # matplotlib types each key as a literal; a plain dict does not fit
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e3e3e3",
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-}
-_DPI = 144
 WINDOW_S = 2.5  # of the timeline: a dozen requests each at the rates of a laptop
 
 
@@ -48,24 +32,19 @@ def write(out: Path, title: str, facts: Mapping[str, str], runs: Runs, notes: Se
     ``facts`` are shown as a table (machine, seed, versions), ``notes`` as paragraphs above the figures. Raises
     HyperFlexisError when matplotlib is missing or ``out`` cannot be written.
     """
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise HyperFlexisError("reports need matplotlib: pip install 'hyperflexis[report]'") from None
-    mpl.use("Agg")
     summaries = {label: summarise(found) for label, found in runs.items()}
+
+    def draw() -> dict[str, Figure]:
+        return {
+            "attainment.png": attainment_figure(summaries),
+            "ttft.png": ttft_figure(runs),
+            "timeline.png": timeline_figure(runs),
+        }
+
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with mpl.rc_context(_STYLE):
-            pictures = {
-                "attainment.png": attainment_figure(summaries),
-                "ttft.png": ttft_figure(runs),
-                "timeline.png": timeline_figure(runs),
-            }
-            for name, figure in pictures.items():
-                figure.savefig(out / name, dpi=_DPI)
+        pictures = plot.save(out, draw)
         page = out / "index.html"
-        page.write_text(_page(title, facts, notes, summaries, {name: (out / name).read_bytes() for name in pictures}))
+        page.write_text(_page(title, facts, notes, summaries, pictures))
     except OSError as error:
         raise HyperFlexisError(f"cannot write the report to {out}: {error.strerror}") from None
     return page
@@ -73,7 +52,7 @@ def write(out: Path, title: str, facts: Mapping[str, str], runs: Runs, notes: Se
 
 def attainment_figure(summaries: Mapping[str, Summary]) -> Figure:
     """Bars: the share of requests on time, by class and policy."""
-    figure, axes = _figure(9.0, 3.8)
+    figure, [[axes]] = plot.panels(1, 9.0, 3.8)
     names = list(next(iter(summaries.values())).classes)
     groups = [*names, "all"]
     width = 0.8 / len(summaries)
@@ -81,7 +60,7 @@ def attainment_figure(summaries: Mapping[str, Summary]) -> Figure:
         shares = [100.0 * (summary.attainment_by_class.get(name) or 0.0) for name in names]
         shares.append(100.0 * (summary.attainment or 0.0))
         at = [x + (index - (len(summaries) - 1) / 2) * width for x in range(len(groups))]
-        axes.bar(at, shares, width * 0.94, label=label, color=_colour(index))
+        axes.bar(at, shares, width * 0.94, label=label, color=plot.colour(index))
         tops = list(shares)
         if "attainment" in summary.ci95:
             low, high = (100.0 * edge for edge in summary.ci95["attainment"])
@@ -104,14 +83,14 @@ def ttft_figure(runs: Runs) -> Figure:
     """One panel a class: the distribution of TTFT over its promise. A request that never got a first token counts in
     the denominator, so a curve that ends below 100% shows them."""
     names = class_names(r for r in _records(runs) if r.slo.ttft_s is not None or r.slo.e2e_s is not None)
-    figure, panels = _figures(max(len(names), 1), 3.0, 3.4)
+    figure, [panels] = plot.panels(max(len(names), 1), 3.0, 3.4, sharey="all")
     for panel, name in zip(panels, names, strict=False):
         promised_first = any(r.slo.ttft_s is not None for r in _records(runs) if r.slo_class == name)
         for index, (label, found) in enumerate(runs.items()):
             records = [r for run in found for r in run.records if r.slo_class == name and r.outcome != "cancelled"]
             ratios = sorted(ratio for r in records if (ratio := _ratio(r, promised_first)) is not None)
             shares = [100.0 * (i + 1) / len(records) for i in range(len(ratios))]
-            panel.step([0.01, *ratios], [0.0, *shares], where="post", color=_colour(index), lw=1.8, label=label)
+            panel.step([0.01, *ratios], [0.0, *shares], where="post", color=plot.colour(index), lw=1.8, label=label)
         panel.axvline(1.0, color="#333333", lw=1, ls="--")
         panel.set_xscale("log")
         panel.set_xlim(0.03, 30)
@@ -129,10 +108,10 @@ def ttft_figure(runs: Runs) -> Figure:
 
 def timeline_figure(runs: Runs) -> Figure:
     """Attainment by time of arrival, and requests waiting for a first token and receiving tokens, over all runs."""
-    figure, panels = _figures(1, 9.0, 2.1, rows=3)
-    on_time, waiting, running = panels
+    figure, rows = plot.panels(1, 9.0, 2.1, rows=3, sharex="all")
+    on_time, waiting, running = panels = [row[0] for row in rows]
     for index, (label, found) in enumerate(runs.items()):
-        colour, offset = _colour(index), 0.0
+        colour, offset = plot.colour(index), 0.0
         for position, run in enumerate(found):
             name = label if position == 0 else None
             starts, shares = _attainment_windows(run)
@@ -159,23 +138,6 @@ def timeline_figure(runs: Runs) -> Figure:
     running.set_xlabel("seconds (windows of a policy end to end)")
     figure.legend(*on_time.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure, panels = _figures(1, width, height)
-    return figure, panels[0]
-
-
-def _figures(columns: int, width: float, height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * columns, height * rows))
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=rows > 1, sharey=columns > 1)
-    return figure, [panel for row in grid for panel in row]
-
-
-def _colour(index: int) -> str:
-    return _COLOURS[index % len(_COLOURS)]
 
 
 def _records(runs: Runs) -> Iterable[Record]:
@@ -228,7 +190,7 @@ def _span(runs: Runs, position: int) -> float:
     return max(max(f[position].ended_s, f[position].duration_s) for f in runs.values() if position < len(f))
 
 
-_CSS = """
+CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 table { border-collapse: collapse; margin: .5rem 0 } th, td { padding: .2rem .7rem; border-bottom: 1px solid #e3e3e3 }
@@ -250,7 +212,7 @@ def _page(
         for name, data in pictures.items()
     )
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{_CSS}</style>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{CSS}</style>'
         f"<h1>{escape(title)}</h1>"
         + "".join(f"<p>{escape(note)}</p>" for note in notes)
         + "<h2>By policy and class</h2>"
@@ -281,24 +243,24 @@ def _class_table(summaries: Mapping[str, Summary]) -> str:
         for name, c in summary.classes.items():
             cells = (
                 str(c.requests),
-                _percent(c.attainment),
-                _number(c.p50_ttft_ms, 0),
-                _number(c.p99_ttft_ms, 0),
-                _number(c.p50_tpot_ms, 1),
-                _number(c.p99_tpot_ms, 1),
-                _number(c.p50_e2e_s, 2),
-                _number(c.p99_e2e_s, 2),
+                percent(c.attainment),
+                number(c.p50_ttft_ms, 0),
+                number(c.p99_ttft_ms, 0),
+                number(c.p50_tpot_ms, 1),
+                number(c.p99_tpot_ms, 1),
+                number(c.p50_e2e_s, 2),
+                number(c.p99_e2e_s, 2),
                 str(c.rejected),
                 str(c.failed + c.unfinished),
             )
             rows.append(_row((label, name or "-"), cells, ""))
         cells = (
             str(summary.requests),
-            _percent(summary.attainment),
-            _number(summary.p50_ttft_ms, 0),
-            _number(summary.p99_ttft_ms, 0),
-            _number(summary.p50_tpot_ms, 1),
-            _number(summary.p99_tpot_ms, 1),
+            percent(summary.attainment),
+            number(summary.p50_ttft_ms, 0),
+            number(summary.p99_ttft_ms, 0),
+            number(summary.p50_tpot_ms, 1),
+            number(summary.p99_tpot_ms, 1),
             "",
             "",
             str(summary.rejected),
@@ -313,12 +275,12 @@ def _overall_table(summaries: Mapping[str, Summary]) -> str:
     rows = ["<tr><th>policy</th>" + "".join(f"<th class=n>{h}</th>" for h in headings) + "</tr>"]
     for label, summary in summaries.items():
         interval = summary.ci95.get("attainment")
-        spread = f" ({_percent(interval[0])} to {_percent(interval[1])})" if interval else ""
+        spread = f" ({percent(interval[0])} to {percent(interval[1])})" if interval else ""
         cells = (
-            _percent(summary.attainment) + spread,
-            _number(summary.goodput_rps, 2),
-            _number(summary.mean_e2e_s, 2),
-            _number(summary.mean_capped_e2e_s, 2),
+            percent(summary.attainment) + spread,
+            number(summary.goodput_rps, 2),
+            number(summary.mean_e2e_s, 2),
+            number(summary.mean_capped_e2e_s, 2),
         )
         rows.append(_row((label,), cells, ""))
     return f"<table>{''.join(rows)}</table>"
@@ -327,11 +289,3 @@ def _overall_table(summaries: Mapping[str, Summary]) -> str:
 def _row(names: Sequence[str], cells: Sequence[str], attributes: str) -> str:
     texts = "".join(f"<td>{html.escape(name)}</td>" for name in names)
     return f"<tr{attributes}>{texts}{''.join(f'<td class=n>{html.escape(cell)}</td>' for cell in cells)}</tr>"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100.0 * value:.1f}%"

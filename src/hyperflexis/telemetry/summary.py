@@ -8,8 +8,10 @@ a first token, those of TPOT over requests that finished.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from math import inf, isnan, nan
 from random import Random
 
@@ -17,6 +19,7 @@ from ..core.record import Record, Run
 
 # Requests near each other in time share their fate, so the bootstrap draws blocks of arrivals, not single ones.
 BLOCK_S = 5.0
+MAX_BLOCKS = 200  # longer runs have longer blocks: more of them tell no more and cost as much again
 RESAMPLES = 400
 CAP_FACTOR = 3.0  # the capped mean counts no request beyond three times what its promises add up to
 
@@ -41,7 +44,8 @@ class ClassSummary:
 @dataclass(frozen=True, slots=True)
 class Summary:
     """One policy over all its runs. ``goodput_rps`` is requests on time per second of arrivals. ``ci95`` has 95%
-    bootstrap intervals within these runs; they say nothing of other seeds or machines."""
+    intervals by figure, and by class as ``attainment_by_class.NAME``: those of ``summarise`` are bootstrap intervals
+    within its runs and say nothing of other seeds or machines; those of ``sweep.combine`` are over seeds."""
 
     requests: int
     attainment: float | None
@@ -103,19 +107,22 @@ def summarise(runs: Sequence[Run], accelerator_s: float | None = None) -> Summar
     """Pool ``runs`` of one policy."""
     pooled = [(record, run.ended_s) for run in runs for record in run.records if record.outcome != "cancelled"]
     duration = sum(run.duration_s for run in runs)
+    total = _Block()
+    for record, ended_s in pooled:
+        total.add(record, ended_s)
+    count = total.requests
     names = class_names(record for record, _ in pooled)
     classes = {name: _class_summary([r for r, _ in pooled if r.slo_class == name]) for name in names}
-    ttfts = [record.ttft_s for record, _ in pooled if record.ttft_s is not None]
     tpots = [record.tpot_s for record, _ in pooled if record.tpot_s is not None]
     return Summary(
-        requests=len(pooled),
-        attainment=_clean(_attainment(pooled)),
+        requests=count,
+        attainment=total.attained / count if count else None,
         attainment_by_class={name: c.attainment for name, c in classes.items()},
-        goodput_rps=sum(record.is_attained for record, _ in pooled) / duration if duration else 0.0,
-        mean_e2e_s=_clean(_mean_e2e(pooled)),
-        mean_capped_e2e_s=_clean(_mean_capped(pooled)),
-        p50_ttft_ms=_ms(ttfts, 0.5),
-        p99_ttft_ms=_ms(ttfts, 0.99),
+        goodput_rps=total.attained / duration if duration else 0.0,
+        mean_e2e_s=total.e2e_s / count if count else None,
+        mean_capped_e2e_s=total.capped_e2e_s / count if count else None,
+        p50_ttft_ms=_ms(total.ttfts, 0.5),
+        p99_ttft_ms=_ms(total.ttfts, 0.99),
         p50_tpot_ms=_ms(tpots, 0.5),
         p99_tpot_ms=_ms(tpots, 0.99),
         rejected=sum(record.outcome == "rejected" for record, _ in pooled),
@@ -128,54 +135,85 @@ def summarise(runs: Sequence[Run], accelerator_s: float | None = None) -> Summar
     )
 
 
-_Pool = Sequence[tuple[Record, float]]
+@dataclass(slots=True)
+class _Block:
+    """Sums over the arrivals of one stretch of a run. ``classes`` has (requests, on time) of each class."""
+
+    requests: int = 0
+    attained: int = 0
+    e2e_s: float = 0.0
+    capped_e2e_s: float = 0.0
+    ttfts: list[float] = field(default_factory=list)
+    classes: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, record: Record, ended_s: float) -> None:
+        e2e_s, attained = e2e_or_end(record, ended_s), record.is_attained
+        self.requests += 1
+        self.attained += attained
+        self.e2e_s += e2e_s
+        self.capped_e2e_s += min(e2e_s, e2e_cap_s(record))
+        if record.ttft_s is not None:
+            self.ttfts.append(record.ttft_s)
+        requests, kept = self.classes.get(record.slo_class, (0, 0))
+        self.classes[record.slo_class] = (requests + 1, kept + attained)
 
 
-def _attainment(pool: _Pool) -> float:
-    return sum(record.is_attained for record, _ in pool) / len(pool) if pool else nan
-
-
-def _mean_e2e(pool: _Pool) -> float:
-    return sum(e2e_or_end(record, end) for record, end in pool) / len(pool) if pool else nan
-
-
-def _mean_capped(pool: _Pool) -> float:
-    return sum(min(e2e_or_end(record, end), e2e_cap_s(record)) for record, end in pool) / len(pool) if pool else nan
-
-
-def _median_ttft_ms(pool: _Pool) -> float:
-    return 1000.0 * quantile([record.ttft_s for record, _ in pool if record.ttft_s is not None], 0.5)
-
-
-_RESAMPLED: dict[str, Callable[[_Pool], float]] = {
-    "attainment": _attainment,
-    "mean_e2e_s": _mean_e2e,
-    "mean_capped_e2e_s": _mean_capped,
-    "p50_ttft_ms": _median_ttft_ms,
-}
-
-
-def _intervals(runs: Sequence[Run]) -> dict[str, tuple[float, float]]:
-    blocks: dict[tuple[int, int], list[tuple[Record, float]]] = {}
+def _blocks(runs: Sequence[Run]) -> list[_Block]:
+    length_s = max(BLOCK_S, sum(run.duration_s for run in runs) / MAX_BLOCKS)
+    blocks: dict[tuple[int, int], _Block] = {}
     for index, run in enumerate(runs):
         for record in run.records:
             if record.outcome != "cancelled":
-                blocks.setdefault((index, int(record.arrived_at / BLOCK_S)), []).append((record, run.ended_s))
-    pools = list(blocks.values())
-    if len(pools) < 2:
+                blocks.setdefault((index, int(record.arrived_at / length_s)), _Block()).add(record, run.ended_s)
+    for block in blocks.values():
+        block.ttfts.sort()
+    return list(blocks.values())
+
+
+def _intervals(runs: Sequence[Run]) -> dict[str, tuple[float, float]]:
+    blocks = _blocks(runs)
+    if len(blocks) < 2:
         return {}
+    values = sorted({ttft for block in blocks for ttft in block.ttfts})
     random = Random(0)  # the same records always give the same intervals
-    draws: dict[str, list[float]] = {name: [] for name in _RESAMPLED}
+    draws: dict[str, list[float]] = {}
     for _ in range(RESAMPLES):
-        pool = [item for block in random.choices(pools, k=len(pools)) for item in block]
-        for name, figure in _RESAMPLED.items():
-            draws[name].append(figure(pool))
-    found: dict[str, tuple[float, float]] = {}
-    for name, values in draws.items():
-        kept = [v for v in values if not isnan(v)]
-        if kept:
-            found[name] = (quantile(kept, 0.025), quantile(kept, 0.975))
-    return found
+        drawn = Counter(random.choices(range(len(blocks)), k=len(blocks)))
+        for name, value in _resample([(blocks[index], times) for index, times in drawn.items()], values):
+            draws.setdefault(name, []).append(value)
+    return {name: (quantile(found, 0.025), quantile(found, 0.975)) for name, found in draws.items()}
+
+
+def _resample(drawn: Sequence[tuple[_Block, int]], values: Sequence[float]) -> Iterable[tuple[str, float]]:
+    """Figures of a sample that holds each block so many times; ``values`` are all different TTFTs, sorted."""
+    requests = sum(times * block.requests for block, times in drawn)
+    yield "attainment", sum(times * block.attained for block, times in drawn) / requests
+    yield "mean_e2e_s", sum(times * block.e2e_s for block, times in drawn) / requests
+    yield "mean_capped_e2e_s", sum(times * block.capped_e2e_s for block, times in drawn) / requests
+    if any(block.ttfts for block, _ in drawn):
+        yield "p50_ttft_ms", 1000.0 * resampled_median([(block.ttfts, times) for block, times in drawn], values)
+    classes: dict[str, tuple[int, int]] = {}
+    for block, times in drawn:
+        for name, (count, kept) in block.classes.items():
+            before = classes.get(name, (0, 0))
+            classes[name] = (before[0] + times * count, before[1] + times * kept)
+    for name, (count, kept) in classes.items():
+        yield f"attainment_by_class.{name}", kept / count
+
+
+def resampled_median(parts: Sequence[tuple[Sequence[float], int]], values: Sequence[float]) -> float:
+    """The median of a sample made of sorted parts, each taken so many times, without building it."""
+
+    def up_to(value: float) -> int:
+        return sum(times * bisect_right(part, value) for part, times in parts)
+
+    total = sum(times * len(part) for part, times in parts)
+    index = bisect_left(values, (total + 1) // 2, key=up_to)
+    low = values[index]
+    if total % 2 or up_to(low) > total // 2:
+        return low
+    high = min(part[at] for part, _ in parts if (at := bisect_right(part, low)) < len(part))
+    return (low + high) / 2.0
 
 
 def _class_summary(records: Sequence[Record]) -> ClassSummary:

@@ -11,7 +11,7 @@ import pytest
 from tests.contract.support import LIMIT_S, Driver, driven, emulated, fast_profile
 
 from hyperflexis.engines.emulated import DIED, END_OF_TEXT, EmulatedConfig, EmulatedEngine, Faults
-from hyperflexis.engines.profiles import load_profile
+from hyperflexis.engines.profiles import load_profile, shipped_profiles
 from hyperflexis.errors import HyperFlexisError
 from hyperflexis.policy.catalog import STEPS
 from hyperflexis.wire import Sampling
@@ -194,7 +194,7 @@ def test_die_ends_the_process_with_its_own_status() -> None:
     assert done.returncode == DIED, done.stderr.decode()
 
 
-@pytest.mark.parametrize("name", ["ascend-910b3", "h100-llama-3.1-8b"])
+@pytest.mark.parametrize("name", sorted(shipped_profiles()))
 async def test_the_shipped_profiles_run_within_their_sizes(name: str) -> None:
     profile = load_profile(name)
     async with driven(EmulatedEngine(EmulatedConfig("m", profile, STEPS["hyperflexis"]))) as driver:
@@ -203,5 +203,5 @@ async def test_the_shipped_profiles_run_within_their_sizes(name: str) -> None:
         assert 0 <= profile.kv_capacity_tokens - driver.info.kv_capacity_tokens < 16
         assert (await driver.run([65] * 100, 3)).end is not None
         assert driver.engine.report().busy_s == pytest.approx(
-            profile.coefficients.predict(100, 5000, 0, 0) + 2 * profile.coefficients.decode_s(1, 100), rel=0.01
+            profile.iteration_s(100, 5000, 0, 0) + 2 * profile.iteration_s(0, 0, 1, 100), rel=0.01
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from hyperflexis.sim.workload import (
     LogNormal,
     Phase,
     RateArrivals,
+    SessionArrivals,
+    SessionRow,
     StatisticalLengths,
     TableLengths,
     TraceArrivals,
@@ -21,12 +25,13 @@ from hyperflexis.sim.workload_file import parse_workload
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 FILES = {
-    "trace.csv": "t,prompt_tokens,output_tokens,hash_ids,session,other\n5,10,0,1 2,a,x\n3,20,7,,b,y\n",
+    "trace.csv": "t,prompt_tokens,output_tokens,hash_ids,session,other\n3,20,7,,b,y\n\n5,10,1,1 2,a,x\n",
     "lengths.csv": "prompt_tokens,output_tokens\n100,10\n",
     "bad.csv": "t,prompt_tokens,output_tokens\n0,1,2\n1,x,2\n",
     "headless.csv": "a,b\n1,2\n",
     "empty.csv": "t,prompt_tokens,output_tokens\n",
     "still.csv": "t,prompt_tokens,output_tokens\n1,1,1\n1,2,2\n",
+    "sessions.csv": "session,t_in_session,prompt_tokens,output_tokens,reusable_prefix_tokens\na,0,10,5,0\n",
 }
 
 
@@ -94,6 +99,17 @@ GOOD = "duration_s: 10\narrivals: {rate_rps: 5}\nclasses:\n  - {name: a, share: 
         (GOOD.replace("arrivals: {rate_rps: 5}", ""), "class 'a' has no arrivals"),
         (GOOD.replace("rate_rps: 5", "rate_rps: 0"), "w.yaml:2: arrivals.rate_rps: must be a number above 0"),
         (GOOD.replace("rate_rps: 5", "rate_rps: 5, steps: [[0, 1]]"), "exactly one of"),
+        (GOOD.replace("rate_rps: 5", "cv: 2"), "exactly one of"),
+        (GOOD.replace("rate_rps: 5", "trace: trace.csv, rate_rps: 5"), "exactly one of"),
+        (GOOD.replace("rate_rps: 5", "sessions: sessions.csv"), "w.yaml:2: arrivals: sessions need one of"),
+        (GOOD.replace("rate_rps: 5", "sessions: sessions.csv, rate_rps: 5, copies: 2"), "no meaning with sessions"),
+        (GOOD.replace("rate_rps: 5", "sessions: sessions.csv, rate_rps: 5, think_scale: 0"), "think_scale: must be"),
+        (GOOD.replace("rate_rps: 5", "rate_rps: 5, think_scale: 2"), "think_scale: has no meaning with rate_rps"),
+        (GOOD.replace("rate_rps: 5", "sessions: sessions.csv, rate_rps: 5"), "lengths: sessions bring their own"),
+        (
+            GOOD.replace("rate_rps: 5", "sessions: lengths.csv, rate_rps: 5"),
+            "lengths.csv:1: column 'session' is missing",
+        ),
         (GOOD.replace("rate_rps: 5", "rate_rps: 5, copies: 2"), "arrivals.copies: has no meaning with rate_rps"),
         (GOOD.replace("rate_rps: 5", "trace: trace.csv, cv: 2"), "arrivals.cv: has no meaning with trace"),
         (GOOD.replace("rate_rps: 5", "trace: trace.csv, copies: 2"), "set jitter_s above 0"),
@@ -103,8 +119,8 @@ GOOD = "duration_s: 10\narrivals: {rate_rps: 5}\nclasses:\n  - {name: a, share: 
             "w.yaml:2: arrivals.trace: cannot read none.csv: No such file",
         ),
         (GOOD.replace("rate_rps: 5", "trace: still.csv"), "two rows at different times"),
-        (GOOD.replace("rate_rps: 5", "trace: bad.csv"), "bad.csv:3: .*'x'.*every row needs numbers"),
-        (GOOD.replace("rate_rps: 5", "trace: empty.csv"), "empty.csv: no rows"),
+        (GOOD.replace("rate_rps: 5", "trace: bad.csv"), "bad.csv:3: prompt_tokens must be a whole number, not 'x'"),
+        (GOOD.replace("rate_rps: 5", "trace: empty.csv"), "empty.csv:2: no rows"),
         (GOOD.replace("rate_rps: 5", "trace: lengths.csv"), "lengths.csv:1: column 't' is missing"),
         (GOOD.replace("lengths.csv", "headless.csv"), "headless.csv:1: column 'prompt_tokens' is missing"),
         (GOOD.replace("rate_rps: 5", "steps: [[1, 5]]"), "first step must start at second 0"),
@@ -144,15 +160,47 @@ def test_mistakes_are_named_with_line_field_and_remedy(text: str, says: str) -> 
         parse_workload(text, "w.yaml", read)
 
 
-AZURE_ROWS = "t,prompt_tokens,output_tokens\n0.0,4808,10\n0.5,374,44\n2.0,1200,90\n"
+def test_sessions_in_a_file() -> None:
+    w = parse_workload(
+        """
+duration_s: 10
+arrivals: {sessions: sessions.csv, steps: [[0, 5], [5, 2]], cv: 2, think_scale: 0.5}
+classes: [{name: agent, share: 1, ttft_ms: 1000}]
+""",
+        "w.yaml",
+        read,
+    )
+    assert w.arrivals == SessionArrivals(
+        "sessions.csv", ((SessionRow(0.0, 10, 5, 0),),), RateArrivals(((0.0, 5.0), (5.0, 2.0)), 2.0), 0.5
+    )
+    assert generate(w)
 
 
-@pytest.mark.parametrize("name", ["demo.yaml", "mixed.yaml", "azure.yaml", "azure_replay.yaml"])
-def test_shipped_examples_are_good(name: str) -> None:
-    w = parse_workload((EXAMPLES / name).read_text(), name, lambda file: AZURE_ROWS)
+TRACE_ROWS = "t,prompt_tokens,output_tokens\n" + "".join(f"{2 * i},{100 + i},{10 + i}\n" for i in range(1000))
+SESSION_ROWS = (
+    "session,t_in_session,prompt_tokens,output_tokens,reusable_prefix_tokens\na,0,9000,10,0\na,5,9600,10,8960\n"
+)
+SHIPPED = [
+    *(EXAMPLES / name for name in ("demo.yaml", "mixed.yaml", "azure.yaml", "azure_replay.yaml")),
+    *sorted((EXAMPLES.parent / "benchmarks" / "workloads").glob("*.yaml")),
+]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_workloads_are_good(path: Path) -> None:
+    text = path.read_text()
+    w = parse_workload(text, path.name, lambda file: SESSION_ROWS if "session" in file else TRACE_ROWS)
+    w = replace(w, duration_s=min(w.duration_s, 900.0))
     found = generate(w)
     assert len(found) > 100
     assert {a.slo_class for a in found} == {c.name for c in w.classes}
     assert w.max_context is not None
     assert all(a.num_prompt_tokens + a.num_output_tokens <= w.max_context for a in found)
     assert all(c.slo != Slo() for c in w.classes)
+
+
+def test_data_are_named_by_their_source() -> None:
+    for path in SHIPPED:
+        text = path.read_text()
+        if ".csv" in text and path.name != "azure_replay.yaml":
+            assert re.search(r"commit\s[\s#]*[0-9a-f]{8}", text) and re.search(r"CC-BY-4.0|Apache-2.0|MIT", text), path

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hyperflexis.core.record import Record, RecordOutcome, Run
 from hyperflexis.core.slo import Slo
-from hyperflexis.telemetry.summary import e2e_cap_s, quantile, summarise
+from hyperflexis.telemetry.summary import e2e_cap_s, quantile, resampled_median, summarise
 
 SLO = Slo(ttft_s=1.0, tpot_s=0.1)
 
@@ -85,6 +89,24 @@ def test_intervals_hold_the_figure_and_shrink_with_more_runs() -> None:
     assert narrow[0] <= 0.7 <= narrow[1] and wide[0] <= 0.7 <= wide[1]
     assert narrow[1] - narrow[0] < wide[1] - wide[0]
     assert summarise([run(60)]).ci95 == summarise([run(60)]).ci95
+
+
+def test_classes_have_intervals_of_their_own() -> None:
+    chat = [done(float(i), ttft_s, ttft_s + 0.5) for i in range(60) for ttft_s in (0.5 if i % 3 else 2.0,)]
+    batch = [done(i + 0.5, 0.5, 2.0, slo=Slo(e2e_s=10.0), slo_class="batch") for i in range(60)]
+    ci95 = summarise([Run(tuple(chat + batch), 60.0, 70.0)]).ci95
+    assert ci95["attainment_by_class.batch"] == (1.0, 1.0)
+    low, high = ci95["attainment_by_class.chat"]
+    assert low <= 2 / 3 <= high and low < high
+
+
+@given(st.lists(st.lists(st.integers(0, 9), min_size=0, max_size=8), min_size=2, max_size=8), st.randoms())
+def test_the_median_of_a_resample_is_that_of_the_sample_written_out(parts: list[list[int]], random: Random) -> None:
+    blocks = [(sorted(float(v) for v in part), random.randint(1, 3)) for part in parts]
+    written_out = [v for part, times in blocks for v in part * times]
+    if written_out:
+        values = sorted({v for part, _ in blocks for v in part})
+        assert resampled_median(blocks, values) == quantile(written_out, 0.5)
 
 
 def test_classes_come_tightest_promise_first() -> None:

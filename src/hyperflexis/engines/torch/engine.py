@@ -91,7 +91,7 @@ class TorchEngine:
         return EngineInfo(
             model=config.model,
             engine="torch",
-            device_kind=config.device_kind or _device_kind(model.device),
+            device_kind=config.device_kind or device_kind(model.device),
             context_length=sizes.context_length,
             kv_capacity_tokens=sizes.kv_capacity_tokens,
             max_batch=sizes.max_batch,
@@ -243,7 +243,8 @@ class TorchEngine:
             self._sink(out)
 
 
-def _device_kind(device: torch.device) -> str:
+def device_kind(device: torch.device) -> str:
+    """The device's name in profiles."""
     if device.type == "cpu":
         return "cpu"
     return torch.cuda.get_device_name(device).lower().replace(" ", "-")

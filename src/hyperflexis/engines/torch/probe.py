@@ -60,10 +60,10 @@ def shapes(max_batch: int, max_batch_tokens: int, context_length: int, kv_tokens
 def probe(runner: Runner, wanted: Sequence[Shape], clock: Callable[[], float] = time.perf_counter) -> Coefficients:
     """Run ``wanted`` on whatever the cache holds and fit. The first shape is run once more before, to warm up."""
     began = clock()
-    runner.run(_work(runner, wanted[0]))
+    runner.run(work_of_shape(runner, wanted[0]))
     rows, seconds = [], []
     for shape in wanted:
-        work = _work(runner, shape)
+        work = work_of_shape(runner, shape)
         best = float("inf")
         for _ in range(REPEATS):
             start = clock()
@@ -76,7 +76,8 @@ def probe(runner: Runner, wanted: Sequence[Shape], clock: Callable[[], float] = 
     return fit(rows, seconds)
 
 
-def _work(runner: Runner, shape: Shape) -> Work:
+def work_of_shape(runner: Runner, shape: Shape) -> Work:
+    """An iteration of that shape on whatever the cache holds."""
     cache = runner.model.cache
     next_block = 0
 

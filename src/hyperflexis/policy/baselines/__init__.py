@@ -1,0 +1,1 @@
+"""What users run today, for comparison. `docs/policies/baselines.md` says who runs which."""

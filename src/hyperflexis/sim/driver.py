@@ -1,0 +1,629 @@
+"""The discrete-event driver: the fleet's own Controller and Batchers under a virtual clock.
+
+Nothing that decides is copied here. The driver only plays what is around the two: clients that send a workload,
+devices that take as long as a profile says, and the way that events, reports and effects travel.
+
+    arrival    -> Controller -> Dispatch -> Batcher.add          a request is placed and joins an instance's queue
+    iteration  -> Batcher.commit -> tokens, RequestFinished      an instance's batch is done; it plans the next one
+    report     -> Batcher.take_progress -> Controller            every 100 ms, as live instances do while they move
+    fault      -> InstanceLeft, InstanceJoined                   an instance dies, hangs or slows down
+
+Events are taken in the order (time, phase, sequence), so that a run is a function of its inputs alone.
+
+*Leaping.* While an instance only decodes, its batch stays the same for hundreds of iterations. Then their end times are
+computed ahead, in the order and with the arithmetic of single steps, and committed together when the last is over or
+when anything looks at the instance before (a request joins, a report is due, a fault). Stepping gives the same run to
+the last bit.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from math import ceil, inf
+from random import Random
+from typing import assert_never
+
+from ..batcher import Batch, Batcher, BatcherConfig, RequestTooLong
+from ..batcher import Sequence as BatcherSequence
+from ..controller import Controller, ControllerConfig
+from ..core.effects import Dispatch, Effect, Reject
+from ..core.events import Event, InstanceJoined, InstanceLeft, InstanceReported, RequestArrived, RequestFinished
+from ..core.instance import InstanceInfo, InstanceReport
+from ..core.latency import OnlineFit
+from ..core.profile import Profile
+from ..core.record import Record, RecordOutcome, Run
+from ..core.request import Request
+from ..policy.catalog import STEPS, Policy
+from .faults import Fault
+from .workload import Arrival, block_keys, prefix_keys
+
+MODEL = "model"
+"""The name of the one model where a workload names none."""
+GATEWAY = "gateway"
+LEAP = 256
+"""Iterations computed ahead at once: an arrival throws the rest away."""
+REPORT_S = 0.1
+"""Instances report this often, as live ones do."""
+GIVE_UP = 10.0
+"""A run ends after this many times its duration; what is open then is unfinished."""
+_FAULT, _ITERATION, _REPORT, _ARRIVAL, _SAMPLE = range(5)
+
+Observer = Callable[[float, Event, Sequence[Effect]], None]
+"""Sees each event that the controller took, with its time and effects."""
+
+
+@dataclass(frozen=True, slots=True)
+class SimConfig:
+    """A fleet of ``instances`` equal instances under ``policy``.
+
+    ``noise`` is the relative standard deviation of iteration times. ``device_factor`` stretches the device's times but
+    not the profile that the scheduler starts from: 1.25 is a scheduler whose model is a fifth too optimistic.
+    ``report_delay_s`` is how late reports arrive. ``known_lengths`` tells the scheduler each request's output length.
+    ``exact_limits`` makes clients ask for exactly the tokens they get (as `bench` does), else for all that the context
+    allows. ``sample_s`` is the spacing of the timeline, 0 for none.
+    """
+
+    profile: Profile
+    instances: int
+    policy: str
+    rules: Policy
+    seed: int = 0
+    noise: float = 0.0
+    device_factor: float = 1.0
+    report_delay_s: float = 0.0
+    known_lengths: bool = False
+    exact_limits: bool = False
+    prefix_reuse: bool = True
+    block_size: int = 16
+    leap: bool = True
+    sample_s: float = 0.0
+    faults: tuple[Fault, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """An instance at one moment: requests, KV tokens held and the time budget of its last plan in seconds."""
+
+    t: float
+    instance: int
+    waiting: int
+    running: int
+    kv_tokens: int
+    budget_s: float
+
+
+@dataclass(slots=True)
+class SimCounters:
+    """What a run took. ``outside_s`` is the iteration time spent outside of the profile's domain."""
+
+    events: int = 0
+    iterations: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    busy_s: float = 0.0
+    outside_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SimResult:
+    """Records are in order of arrival."""
+
+    run: Run
+    counters: SimCounters
+    timeline: tuple[Sample, ...]
+
+
+def simulate(
+    config: SimConfig, arrivals: Sequence[Arrival], duration_s: float, observe: Observer | None = None
+) -> SimResult:
+    """Serve ``arrivals``, which must be in time order, until all have ended or GIVE_UP times ``duration_s`` is over."""
+    return _Simulation(config, arrivals, duration_s, observe).run()
+
+
+@dataclass(slots=True, eq=False)
+class _Client:
+    """A request as its client sees it."""
+
+    id: str
+    arrival: Arrival
+    request: Request
+    attempt: int = 0
+    seq: BatcherSequence | None = None
+    instance: str = ""
+    first_token_at: float | None = None
+    ended: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Instance:
+    """An engine process: its Batcher, and the iterations under way.
+
+    ``ends`` and ``seconds`` are the end times and durations of the coming iterations of ``batch``; ``version`` tells
+    a planned end from one that was cut. ``last_tokens`` is a heap of (tick of the Batcher that brings it, sequence
+    number, request).
+    """
+
+    number: int
+    info: InstanceInfo
+    batcher: Batcher
+    batch: Batch | None = None
+    ends: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    factors: list[float] = field(default_factory=list)
+    last_tokens: list[tuple[int, int, BatcherSequence]] = field(default_factory=list)
+    version: int = 0
+    up: bool = True
+    reporting: bool = False
+    slow: float = 1.0
+    budget_s: float = 0.0
+
+
+class _Simulation:
+    def __init__(
+        self, config: SimConfig, arrivals: Sequence[Arrival], duration_s: float, observe: Observer | None
+    ) -> None:
+        self._config = config
+        self._arrivals = arrivals
+        self._duration_s = duration_s
+        self._observe = observe
+        self._heap: list[tuple[float, int, int, object]] = []
+        self._sequence = 0
+        self._counters = SimCounters()
+        self._timeline: list[Sample] = []
+        self._clients: dict[str, _Client] = {}
+        self._records: list[Record | None] = [None] * len(arrivals)
+        self._open = len(arrivals)
+        self._ended_at = duration_s
+        self._waiting_for_instance: list[_Client] = []
+        profile = config.profile
+        self._sizes = BatcherConfig(
+            num_blocks=max(profile.kv_capacity_tokens // config.block_size, 1),
+            block_size=config.block_size,
+            max_batch=profile.max_batch,
+            max_batch_tokens=config.rules.chunk or profile.max_batch_tokens,
+            context_length=profile.context_length,
+            prefix_reuse=config.prefix_reuse,
+        )
+        models = tuple(dict.fromkeys(arrival.model or MODEL for arrival in arrivals)) or (MODEL,)
+        self._models = models
+        self._controller = Controller(ControllerConfig(models, config.policy))
+        self._noise = [Random(f"{config.seed}:noise:{n}") for n in range(config.instances)]
+        # Factors that were drawn for iterations that a leap then did not take: the next ones get them.
+        self._drawn: list[list[float]] = [[] for _ in range(config.instances)]
+        self._instances = [self._launch(n, 1) for n in range(config.instances)]
+
+    def run(self) -> SimResult:
+        """All events in order."""
+        for instance in self._instances:
+            self._tell(InstanceJoined(instance.info), 0.0)
+        for fault in self._config.faults:
+            self._push(fault.at_s, _FAULT, fault)
+        if self._config.sample_s:
+            self._push(0.0, _SAMPLE, None)
+        give_up_at = GIVE_UP * self._duration_s
+        arrivals, heap, counters = self._arrivals, self._heap, self._counters
+        upcoming = 0
+        while self._open:
+            # Arrivals are sorted already: they need no place in the heap. At equal times they come after the rest.
+            if upcoming < len(arrivals) and (not heap or arrivals[upcoming].t < heap[0][0]):
+                now = arrivals[upcoming].t
+                self._arrive(upcoming, now)
+                upcoming += 1
+            elif not heap:
+                break
+            else:
+                now, phase, _, what = heappop(heap)
+                if now > give_up_at and upcoming == len(arrivals):
+                    break
+                if not self._happen(now, phase, what):
+                    continue
+            counters.events += 1
+        return self._result()
+
+    def _happen(self, now: float, phase: int, what: object) -> bool:
+        """One event of the heap; False when it had been superseded."""
+        match what:
+            case (_Instance() as instance, int() as version):
+                if version != instance.version:
+                    return False
+                self._iteration_done(instance)
+            case _Instance():
+                self._report(what, now)
+            case InstanceReported():
+                self._tell(what, now)
+            case Fault():
+                self._fault(what, now)
+            case (Fault() as fault, int() as epoch):
+                self._fault_over(fault, epoch, now)
+            case None:
+                self._sample(now)
+            case _:
+                raise AssertionError(what)
+        return True
+
+    # The controller and its effects
+
+    def _tell(self, event: Event, now: float) -> list[Effect]:
+        effects = self._controller.handle(event, now)
+        if self._observe is not None:
+            self._observe(now, event, effects)
+        return effects
+
+    def _arrive(self, index: int, now: float) -> None:
+        arrival = self._arrivals[index]
+        exact = self._config.exact_limits or self._config.known_lengths
+        context = self._sizes.context_length - arrival.num_prompt_tokens
+        request = Request(
+            f"r{index}",
+            arrival.model or MODEL,
+            arrival.tenant or "default",
+            arrival.slo_class,
+            arrival.slo,
+            arrival.priority,
+            arrival.num_prompt_tokens,
+            arrival.num_output_tokens if exact else max(context, 1),
+            prefix_keys(arrival),
+        )
+        client = _Client(request.id, arrival, request)
+        self._clients[request.id] = client
+        self._ask(client, now)
+
+    def _ask(self, client: _Client, now: float, avoid: str | None = None) -> None:
+        event = RequestArrived(client.request, GATEWAY, now - client.arrival.t, client.attempt, avoid)
+        for effect in self._tell(event, now):
+            match effect:
+                case Dispatch():
+                    self._dispatch(client, effect, now)
+                case Reject():
+                    self._end(client, "rejected", now, detail=effect.reason)
+                case _:
+                    assert_never(effect)
+
+    def _dispatch(self, client: _Client, effect: Dispatch, now: float) -> None:
+        instance = self._instances[int(effect.instance)]
+        slo, arrived_at = client.request.slo, client.arrival.t
+        expected = effect.expected_output_tokens
+        client.instance = effect.instance
+        client.seq = BatcherSequence(
+            client.id,
+            client.request.num_prompt_tokens,
+            client.request.max_output_tokens,
+            keys=block_keys(client.arrival, self._sizes.block_size) if self._sizes.prefix_reuse else [],
+            value=effect.value,
+            first_due=arrived_at + slo.first_token_by_s(expected),
+            pace_limit_s=inf if slo.tpot_s is None else slo.tpot_s,
+            last_due=inf if slo.e2e_s is None else arrived_at + slo.e2e_s,
+            expected_output_tokens=expected,
+            payload=client,
+        )
+        self._settle(instance, now, cut=True)
+        try:
+            instance.batcher.add(client.seq, now)
+        except RequestTooLong as error:
+            self._tell(RequestFinished(client.id, "failed", 0, None, now - arrived_at), now)
+            self._end(client, "failed", now, detail=str(error))
+            return
+        if instance.batch is None and instance.up:
+            self._plan(instance, now)
+
+    # Iterations
+
+    def _plan(self, instance: _Instance, now: float) -> None:
+        """The next iterations of an instance, or rest."""
+        batch = instance.batch = instance.batcher.plan(now)
+        if batch is None:
+            return
+        instance.budget_s = batch.budget_s
+        times = self._steps(instance, batch) if self._config.leap and batch.repeat > 1 else 1
+        self._schedule(instance, batch, now, times)
+        if not instance.reporting:
+            instance.reporting = True
+            self._push(_next_tick(now), _REPORT, instance)
+
+    def _steps(self, instance: _Instance, batch: Batch) -> int:
+        """Iterations until a request of ``batch`` gets its last token, that one included."""
+        times = min(batch.repeat, LEAP)
+        if instance.last_tokens:
+            times = min(times, instance.last_tokens[0][0] - instance.batcher.ticks)
+        return max(times, 1)
+
+    def _schedule(self, instance: _Instance, batch: Batch, now: float, times: int) -> None:
+        profile = self._config.profile
+        scale = self._config.device_factor * instance.slow
+        kv, decodes = batch.kv_tokens, batch.num_decodes
+        factors = self._draw(instance, times)
+        ends, seconds = [], []
+        if batch.prefill_tokens:
+            ends = [now + scale * factors[0] * profile.iteration_s(batch.prefill_tokens, batch.attention, decodes, kv)]
+            seconds = [ends[0] - now]
+        else:
+            at, until = now, -1.0
+            a = b = 0.0
+            for factor in factors:
+                if kv >= until:
+                    a, b, until = profile.decode_line(decodes, kv)
+                one = scale * factor * (a + b * kv)
+                at += one
+                ends.append(at)
+                seconds.append(one)
+                kv += decodes
+        instance.ends, instance.seconds, instance.factors = ends, seconds, factors
+        instance.version += 1
+        self._push(ends[-1], _ITERATION, (instance, instance.version))
+
+    def _draw(self, instance: _Instance, times: int) -> list[float]:
+        noise = self._config.noise
+        if not noise:
+            return [1.0] * times
+        number = instance.number
+        drawn, rng = self._drawn[number], self._noise[number]
+        while len(drawn) < times:
+            drawn.append(max(rng.gauss(1.0, noise), 0.1))
+        factors, self._drawn[number] = drawn[:times], drawn[times:]
+        return factors
+
+    def _settle(self, instance: _Instance, now: float, cut: bool = False) -> None:
+        """Commit the iterations of a leap that are over at ``now``; with ``cut`` the one under way ends the leap."""
+        batch = instance.batch
+        if batch is None or len(instance.ends) == 1:
+            return
+        done = bisect_right(instance.ends, now)
+        if done:
+            seconds = instance.seconds[:done]
+            self._count(batch, seconds)
+            instance.batch = instance.batcher.repeat(batch, seconds, instance.ends[done - 1])
+        instance.ends, instance.seconds = instance.ends[done:], instance.seconds[done:]
+        instance.factors = instance.factors[done:]
+        if cut and len(instance.ends) > 1:
+            if self._config.noise:
+                self._drawn[instance.number] = instance.factors[1:] + self._drawn[instance.number]
+            del instance.ends[1:], instance.seconds[1:], instance.factors[1:]
+            instance.version += 1
+            self._push(instance.ends[0], _ITERATION, (instance, instance.version))
+
+    def _iteration_done(self, instance: _Instance) -> None:
+        """The last of the scheduled iterations is over."""
+        now = instance.ends[-1]
+        if len(instance.ends) > 1:
+            self._settle(instance, instance.ends[-2])
+        batch = instance.batch
+        assert batch is not None
+        self._count(batch, instance.seconds)
+        ended = self._last_tokens_of(instance, batch)
+        for emitted in instance.batcher.commit_sizes(batch, ended, now, instance.seconds[0]):
+            client = emitted.seq.payload
+            assert isinstance(client, _Client)
+            if client.first_token_at is None:
+                client.first_token_at = now
+            if emitted.finish is not None:
+                self._finished(client, now)
+            else:
+                left = _length(emitted.seq) - emitted.seq.output_tokens
+                self._sequence += 1
+                heappush(instance.last_tokens, (instance.batcher.ticks + left, self._sequence, emitted.seq))
+        self._plan(instance, now)
+
+    def _last_tokens_of(self, instance: _Instance, batch: Batch) -> list[BatcherSequence]:
+        """The requests that get their last token in this iteration."""
+        ended = [c.seq for c in batch.prefills if c.samples and c.seq.output_tokens + 1 >= _length(c.seq)]
+        if batch.decodes:
+            heap, tick = instance.last_tokens, instance.batcher.ticks + 1
+            while heap and heap[0][0] <= tick:
+                seq = heappop(heap)[2]
+                # Not one that was preempted after this entry was made.
+                if seq.remaining_prefill == 1 and seq.output_tokens + 1 == _length(seq):
+                    ended.append(seq)
+        return ended
+
+    def _count(self, batch: Batch, seconds: Sequence[float]) -> None:
+        domain = self._config.profile.domain
+        if not domain.contains(batch.prefill_tokens, batch.num_decodes, batch.kv_tokens):
+            self._counters.outside_s += sum(seconds)
+
+    def _finished(self, client: _Client, now: float) -> None:
+        seq = client.seq
+        assert seq is not None and client.first_token_at is not None
+        arrived_at = client.arrival.t
+        event = RequestFinished(
+            client.id,
+            "finished",
+            seq.output_tokens,
+            client.first_token_at - arrived_at,
+            now - arrived_at,
+            seq.cached_tokens,
+        )
+        self._end(client, "finished", now)
+        self._tell(event, now)
+
+    def _end(self, client: _Client, outcome: RecordOutcome, now: float, detail: str = "") -> None:
+        assert not client.ended, "a request ends once"
+        client.ended = True
+        del self._clients[client.id]
+        self._open -= 1
+        self._ended_at = max(self._ended_at, now)
+        self._records[int(client.id[1:])] = _record(client, outcome, now, detail)
+
+    # Reports
+
+    def _report(self, instance: _Instance, now: float) -> None:
+        instance.reporting = False
+        if not instance.up:
+            return
+        self._settle(instance, now)
+        batcher = instance.batcher
+        progress = batcher.take_progress()
+        if instance.batch is not None:
+            instance.reporting = True
+            self._push(_next_tick(now), _REPORT, instance)
+        if not progress:
+            return
+        counters = batcher.counters
+        report = InstanceReported(
+            InstanceReport(
+                instance.info.id,
+                instance.info.epoch,
+                batcher.num_running,
+                batcher.num_waiting,
+                batcher.kv_used_tokens,
+                counters.iterations,
+                counters.prompt_tokens,
+                counters.output_tokens,
+                counters.prefix_hit_tokens,
+                counters.preemptions,
+                counters.busy_s,
+                batcher.latency,
+                progress,
+            )
+        )
+        if self._config.report_delay_s:
+            self._push(now + self._config.report_delay_s, _REPORT, report)
+        else:
+            self._tell(report, now)
+
+    def _sample(self, now: float) -> None:
+        for instance in self._instances:
+            self._settle(instance, now)
+            batcher = instance.batcher
+            self._timeline.append(
+                Sample(
+                    now,
+                    instance.number,
+                    batcher.num_waiting,
+                    batcher.num_running,
+                    batcher.kv_used_tokens,
+                    instance.budget_s if instance.batch is not None else 0.0,
+                )
+            )
+        self._push(now + self._config.sample_s, _SAMPLE, None)
+
+    # Faults
+
+    def _launch(self, number: int, epoch: int) -> _Instance:
+        config, sizes = self._config, self._sizes
+        step = STEPS[config.rules.step]
+        prior = config.profile.coefficients
+        info = InstanceInfo(
+            id=str(number),
+            epoch=epoch,
+            model=self._models[number % len(self._models)],
+            device_kind=config.profile.device_kind,
+            address=f"sim:{number}",
+            engine="simulated",
+            context_length=sizes.context_length,
+            kv_capacity_tokens=sizes.kv_capacity_tokens,
+            max_batch=sizes.max_batch,
+            max_batch_tokens=sizes.max_batch_tokens,
+            returns_token_ids=True,
+            latency=prior,
+        )
+        return _Instance(number, info, Batcher(sizes, OnlineFit(prior), step.plan, step.victim))
+
+    def _fault(self, fault: Fault, now: float) -> None:
+        instance = self._instances[fault.instance]
+        self._settle(instance, now, cut=True)
+        match fault.kind:
+            case "kill":
+                if not instance.up:
+                    return
+                self._kill(instance, now)
+            case "hang":
+                if instance.batch is not None:
+                    instance.ends[0] += fault.for_s
+                    instance.seconds[0] += fault.for_s
+                    instance.version += 1
+                    self._push(instance.ends[0], _ITERATION, (instance, instance.version))
+                return
+            case "slow":
+                instance.slow = fault.factor
+            case _:
+                assert_never(fault.kind)
+        self._push(now + fault.for_s, _FAULT, (fault, instance.info.epoch))
+
+    def _kill(self, instance: _Instance, now: float) -> None:
+        """Its process ends: streams that have begun fail, the others are asked for again."""
+        instance.up = False
+        instance.batch = None
+        instance.version += 1
+        self._add_totals(instance)
+        info = instance.info
+        self._tell(InstanceLeft(info.id, info.epoch, "killed"), now)
+        for seq in instance.batcher.sequences():
+            client = seq.payload
+            assert isinstance(client, _Client)
+            if client.first_token_at is None:
+                client.attempt += 1
+                self._ask(client, now, avoid=info.id)
+            else:
+                spent = now - client.arrival.t
+                first = client.first_token_at - client.arrival.t
+                self._tell(RequestFinished(client.id, "failed", seq.output_tokens, first, spent), now)
+                self._end(client, "failed", now, detail="its instance was lost")
+
+    def _fault_over(self, fault: Fault, epoch: int, now: float) -> None:
+        instance = self._instances[fault.instance]
+        if fault.kind == "slow":
+            self._settle(instance, now, cut=True)
+            instance.slow = 1.0
+        elif fault.kind == "kill" and instance.info.epoch == epoch:
+            fresh = self._instances[fault.instance] = self._launch(fault.instance, epoch + 1)
+            self._tell(InstanceJoined(fresh.info), now)
+
+    # The end
+
+    def _result(self) -> SimResult:
+        for client in list(self._clients.values()):
+            self._end(client, "unfinished", self._ended_at)
+        for instance in self._instances:
+            if instance.up:
+                self._add_totals(instance)
+        records = tuple(record for record in self._records if record is not None)
+        return SimResult(Run(records, self._duration_s, self._ended_at), self._counters, tuple(self._timeline))
+
+    def _add_totals(self, instance: _Instance) -> None:
+        total, counters = self._counters, instance.batcher.counters
+        total.iterations += counters.iterations
+        total.prompt_tokens += counters.prompt_tokens
+        total.output_tokens += counters.output_tokens
+        total.prefix_hit_tokens += counters.prefix_hit_tokens
+        total.preemptions += counters.preemptions
+        total.busy_s += counters.busy_s
+
+    def _push(self, at: float, phase: int, what: object) -> None:
+        self._sequence += 1
+        heappush(self._heap, (at, phase, self._sequence, what))
+
+
+def _length(seq: BatcherSequence) -> int:
+    """Output tokens that the request will have, which the Batcher does not know."""
+    client = seq.payload
+    assert isinstance(client, _Client)
+    return min(client.arrival.num_output_tokens, seq.max_output_tokens)
+
+
+def _next_tick(now: float) -> float:
+    """The first multiple of REPORT_S after ``now``."""
+    tick = ceil(now / REPORT_S) * REPORT_S
+    return tick if tick > now else (round(now / REPORT_S) + 1) * REPORT_S
+
+
+def _record(client: _Client, outcome: RecordOutcome, now: float, detail: str) -> Record:
+    arrival, seq = client.arrival, client.seq
+    first = client.first_token_at
+    return Record(
+        arrival.slo_class,
+        arrival.slo,
+        arrival.t,
+        arrival.num_prompt_tokens,
+        arrival.num_output_tokens,
+        outcome,
+        None if first is None else first - arrival.t,
+        now - arrival.t if outcome == "finished" else None,
+        0 if seq is None else seq.output_tokens,
+        client.instance,
+        detail,
+    )

@@ -1,0 +1,311 @@
+"""`hyperflexis simulate`: how a fleet would keep a workload's promises, under several policies, loads and seeds.
+
+    1. the capacity of the fleet for this mix (sim/oracle.py) turns loads into rates
+    2. every policy x load x seed is one run of sim/driver.py, in a pool of processes
+    3. figures are means over seeds with their intervals; a table, JSON, and a report with pictures
+
+Everything but the wall-clock times is a function of the workload file, the options and the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from math import isfinite
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from . import __version__
+from .bench import load_workload, parse_csv_options, write_json
+from .controller import Controller, ControllerConfig
+from .core.effects import Effect
+from .core.events import Event
+from .core.record import Record
+from .engines.profiles import load_profile
+from .errors import ConfigError, HyperFlexisError
+from .policy.catalog import split_specs
+from .policy_file import load_policy
+from .runtime.journal import VERSION as JOURNAL_VERSION
+from .runtime.journal import Header, encode_line
+from .sim.driver import MODEL
+from .sim.oracle import capacity_rps, request_costs_s
+from .sim.workload import Workload, generate
+from .simulate_results import Plan, Results
+from .simulate_run import Outcomes, Runner, RunTask, Setting, perform_all
+from .telemetry import compare, plot
+from .telemetry.machine import num_cores
+
+MAX_LOADS = 200
+DEFAULT_POLICIES = "hyperflexis,round_robin"
+PIPE_WIDTH = 160  # characters of a table that goes to a file or a pipe, which have no width of their own
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `hyperflexis simulate`."""
+    add = parser.add_argument
+    add("workload", type=Path, metavar="WORKLOAD", help="workload file (YAML); see docs/workloads.md")
+    add("--profile", required=True, metavar="NAME|FILE", help="model and device; see docs/profiles.md")
+    add("--instances", required=True, type=int, metavar="N", help="instances of the fleet, all alike")
+    add(
+        "--policies",
+        default=DEFAULT_POLICIES,
+        metavar="A,B,PATH.py",
+        help="policies to compare, by name, name@chunk or file (default: %(default)s)",
+    )
+    add("--seeds", metavar="1,2", help="seeds; each runs once per policy and load (default: the workload's)")
+    add("--loads", metavar="0.5:1.6:0.1", help="arrival rates over the fleet's capacity (default: the workload's rate)")
+    add("--csv", action="append", default=[], metavar="NAME=FILE", help="read FILE where the workload names NAME")
+    add("--duration", type=float, metavar="S", help="seconds of arrivals (default: the workload's)")
+    add("--bound", action="store_true", help="also compute the LP upper bound on attainment (short runs only)")
+    add("--jobs", type=int, metavar="N", help="processes (default: one a core)")
+    add("--json", metavar="FILE", help="write the figures as JSON ('-': standard output)")
+    add("--report", type=Path, metavar="DIR", help="write pictures and an HTML report to DIR")
+    one = parser.add_argument_group("records of a single run", "with one policy, seed and load only")
+    one.add_argument("--log", type=Path, metavar="FILE", help="write one JSON line per request")
+    one.add_argument("--journal", type=Path, metavar="FILE", help="write every event and decision, as `serve` does")
+    group = parser.add_argument_group("what differs from the scheduler's model")
+    group.add_argument("--noise", type=float, default=0.0, metavar="X", help="relative deviation of iteration times")
+    group.add_argument(
+        "--device-factor", type=float, default=1.0, metavar="X", help="the device takes X times what the profile says"
+    )
+    group.add_argument("--report-delay-ms", type=float, default=0.0, metavar="X", help="reports arrive so late")
+    group.add_argument("--known-lengths", action="store_true", help="tell the scheduler each request's output length")
+    group.add_argument("--no-leap", action="store_true", help="step every iteration: the same result, slowly")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `hyperflexis simulate`."""
+    if args.report is not None:
+        plot.require()
+    plan = make_plan(args)
+    if args.json and args.json != "-":
+        _try_to_write(Path(args.json))
+    jobs = num_cores() if args.jobs is None else _at_least("--jobs", args.jobs, 1)
+    console = Console(stderr=True)
+    began = time.monotonic()
+    if args.log is not None or args.journal is not None:
+        done = _recorded(plan, args.log, args.journal)
+    else:
+        tasks = plan.tasks()
+        done = perform_all(plan.setting, tasks, jobs, lambda: _progress(console, len(tasks)))
+    results = Results(plan, done, time.monotonic() - began)
+    _show(results, Console(stderr=args.json == "-"))
+    if args.report is not None:
+        page = compare.write(args.report, results.comparison())
+        Console(stderr=args.json == "-").print(f"Report: {page}", markup=False, highlight=False, soft_wrap=True)
+    if args.json:
+        write_json(results.document(), args.json)
+    return 0
+
+
+def _show(results: Results, out: Console) -> None:
+    if not out.is_terminal:
+        out.width = PIPE_WIDTH
+    out.print(results.table())
+    if results.plan.is_sweep:
+        out.print(results.carried_table())
+    for warning in results.warnings():
+        out.print(warning, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal, nothing elsewhere."""
+    if not console.is_terminal:
+        yield lambda: None
+        return
+    columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)
+
+
+# From options to a plan
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """What to run. Raises ConfigError for anything wrong in the options or the files they name."""
+    workload = load_workload(args.workload, parse_csv_options(args.csv))
+    if args.duration is not None:
+        workload = replace(workload, duration_s=_number("--duration", args.duration, above=0.0))
+    seeds = parse_seeds(args.seeds) if args.seeds is not None else (workload.seed,)
+    specs = tuple(split_specs(args.policies))
+    names = tuple(load_policy(spec)[0] for spec in specs)
+    loads = parse_loads(args.loads) if args.loads is not None else ()
+    if (args.log is not None or args.journal is not None) and max(len(names), len(seeds), len(loads)) > 1:
+        raise ConfigError(
+            "--log and --journal record a single run: give one policy (--policies hyperflexis), one seed and one load"
+        )
+    setting = Setting(
+        workload=workload,
+        profile=load_profile(args.profile),
+        instances=_enough_instances(args.instances, workload),
+        policies=specs,
+        noise=_number("--noise", args.noise),
+        device_factor=_number("--device-factor", args.device_factor, above=0.0),
+        report_delay_s=_number("--report-delay-ms", args.report_delay_ms) / 1000.0,
+        known_lengths=args.known_lengths,
+        leap=not args.no_leap,
+    )
+    # The capacity is that of the workload's own seed, so that other seeds are not measured with another yardstick.
+    arrivals = generate(workload)
+    if not arrivals:
+        raise ConfigError(f"{args.workload} has no arrival within {workload.duration_s:g} s; raise rate or duration")
+    capacity = capacity_rps(arrivals, setting.profile, setting.instances)
+    rps = len(arrivals) / workload.duration_s
+    return Plan(
+        setting=setting,
+        names=names,
+        seeds=seeds,
+        rates={load: load * capacity for load in loads} or {rps / capacity: rps},
+        is_sweep=bool(loads),
+        capacity_rps=capacity,
+        workload_rps=rps,
+        costs_s=request_costs_s(arrivals, setting.profile),
+        bound=args.bound,
+        detailed=args.report is not None,
+    )
+
+
+def parse_loads(text: str) -> tuple[float, ...]:
+    """``0.5:1.6:0.1`` (both ends, then the step) or ``0.7,1.0``, or both in one list; in order, each once.
+
+    Raises ConfigError saying what is wrong.
+    """
+    found: set[float] = set()
+    for part in text.split(","):
+        try:
+            numbers = [float(piece) for piece in part.split(":")]
+        except ValueError:
+            numbers = []
+        if len(numbers) not in (1, 3):
+            raise ConfigError(f"--loads {text!r}: {part!r} is neither a number nor FROM:TO:STEP, as in 0.5:1.6:0.1")
+        first, last, step = numbers if len(numbers) == 3 else (numbers[0], numbers[0], 1.0)
+        if not (isfinite(last) and 0.0 < first <= last and 0.0 < step < float("inf")):
+            raise ConfigError(f"--loads {text!r}: in {part!r}, loads and step must be above 0 and FROM not above TO")
+        count = int((last - first) / step * (1.0 + 1e-12) + 1e-9) + 1
+        if count + len(found) > MAX_LOADS:
+            raise ConfigError(f"--loads {text!r}: more than {MAX_LOADS} loads; take larger steps")
+        found |= {round(first + i * step, 9) for i in range(count)}
+    return tuple(sorted(found))
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """``1,2,3``. Raises ConfigError for anything else."""
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdigit() and len(part) < 19 for part in parts):
+        raise ConfigError(f"--seeds {text!r} is not a list of whole numbers, as in 1,2,3")
+    seeds = tuple(int(part) for part in parts)
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"--seeds {text!r}: a seed is given twice, which would count its run twice; give it once")
+    return seeds
+
+
+def _enough_instances(instances: int, workload: Workload) -> int:
+    models = {c.model or MODEL for c in workload.classes}
+    if instances < len(models):
+        why = f" (one at least for each model of the workload: {', '.join(sorted(models))})" if len(models) > 1 else ""
+        raise ConfigError(f"--instances {instances} must be at least {len(models)}{why}")
+    return instances
+
+
+def _at_least(option: str, value: int, least: int) -> int:
+    if value < least:
+        raise ConfigError(f"{option} {value} must be at least {least}")
+    return value
+
+
+def _number(option: str, value: float, above: float | None = None) -> float:
+    """At least 0, or above ``above``."""
+    if not isfinite(value) or value < 0.0 or (above is not None and value <= above):
+        raise ConfigError(f"{option} {value:g} must be {'at least 0' if above is None else f'above {above:g}'}")
+    return value
+
+
+def _try_to_write(path: Path) -> None:
+    """A file that cannot be written is better known before the runs than after."""
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise HyperFlexisError(f"cannot write {path}: {error.strerror}") from None
+
+
+# The records of one run
+
+
+def _recorded(plan: Plan, log: Path | None, journal: Path | None) -> Outcomes:
+    """The plan's only run, with its records written, and its bound if that was asked for."""
+    runner = Runner(plan.setting)
+    task, *bounds = plan.tasks()
+    assert isinstance(task, RunTask)
+    try:
+        with ExitStack() as files:
+            lines = None if log is None else files.enter_context(log.open("wb"))
+            observe = None
+            if journal is not None:
+                models = tuple(dict.fromkeys(a.model or MODEL for a in runner.arrivals(task.cell)))
+                file = files.enter_context(journal.open("wb"))
+                file.write(_journal_header(models, task.policy))
+                observe = _observer(file)
+            began = time.perf_counter()
+            result = runner.simulate(task, observe)
+            wall_s = time.perf_counter() - began
+            if lines is not None:
+                lines.write(log_lines(result.run.records))
+    except OSError as error:
+        raise HyperFlexisError(f"cannot write {error.filename or log or journal}: {error.strerror}") from None
+    done: Outcomes = {task: runner.outcome(task, result, wall_s)}
+    return done | {bound: runner.perform(bound) for bound in bounds}
+
+
+def _journal_header(models: tuple[str, ...], policy: str) -> bytes:
+    """The first line of a journal that begins with the fleet: the driver's controller before its first event."""
+    config = ControllerConfig(models, policy)
+    header = Header(
+        version=JOURNAL_VERSION,
+        hyperflexis=__version__,
+        fleet="simulated",
+        term=1,
+        now=0.0,
+        config=msgspec.Raw(msgspec.json.encode(config)),
+        snapshot=msgspec.msgpack.encode(Controller(config).snapshot()),
+    )
+    return msgspec.json.encode(header) + b"\n"
+
+
+def _observer(file: BinaryIO) -> Callable[[float, Event, Sequence[Effect]], None]:
+    def observe(now: float, event: Event, effects: Sequence[Effect]) -> None:
+        file.write(encode_line(now, event, effects))
+
+    return observe
+
+
+def log_lines(records: Sequence[Record]) -> bytes:
+    """A JSON line per request, in order of arrival; times in seconds, null where there was no such token."""
+    encoder = msgspec.json.Encoder()
+    lines = [
+        encoder.encode(
+            {
+                "t": r.arrived_at,
+                "class": r.slo_class,
+                "instance": r.instance,
+                "outcome": r.outcome,
+                "on_time": r.is_attained,
+                "ttft_s": r.ttft_s,
+                "e2e_s": r.e2e_s,
+                "prompt_tokens": r.num_prompt_tokens,
+                "output_tokens": r.num_output_tokens,
+                "received_tokens": r.received_tokens,
+                "detail": r.detail,
+            }
+        )
+        for r in records
+    ]
+    return b"".join(line + b"\n" for line in lines)

@@ -1,0 +1,229 @@
+"""The runs of `hyperflexis simulate`: one policy, load and seed at a time, in a pool of processes."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from multiprocessing import active_children, parent_process
+from pathlib import Path
+
+from .core.profile import Profile
+from .errors import HyperFlexisError
+from .policy.catalog import Policy
+from .policy_file import load_policy, where
+from .sim.driver import Observer, SimConfig, SimCounters, SimResult, simulate
+from .sim.oracle import LpBound, lp_bound
+from .sim.workload import Arrival, Workload, generate, scaled
+from .telemetry.compare import Curves, Timeline, curves
+from .telemetry.summary import Summary, summarise
+
+TIMELINE_POINTS = 400
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What all runs of a command share. ``policies`` are specs of ``load_policy``; ``workload`` is at its own rate."""
+
+    workload: Workload
+    profile: Profile
+    instances: int
+    policies: tuple[str, ...]
+    noise: float = 0.0
+    device_factor: float = 1.0
+    report_delay_s: float = 0.0
+    known_lengths: bool = False
+    leap: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One set of arrivals: the workload's rate times ``rate_scale``, which makes ``load`` (rate over capacity)."""
+
+    load: float
+    rate_scale: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunTask:
+    """One policy on one cell; ``detailed`` runs bring their curves and timeline for the report."""
+
+    cell: Cell
+    policy: str
+    detailed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BoundTask:
+    """The LP bound of one cell, whatever the policy."""
+
+    cell: Cell
+
+
+Task = RunTask | BoundTask
+
+
+@dataclass(frozen=True, slots=True)
+class RunOutcome:
+    """``losses`` counts why requests were rejected or failed."""
+
+    summary: Summary
+    counters: SimCounters
+    losses: Counter[str]
+    simulated_s: float
+    wall_s: float
+    curves: Curves | None = None
+    timeline: Timeline | None = None
+
+
+Outcomes = dict[Task, RunOutcome | LpBound]
+"""What each task gave."""
+
+
+class Runner:
+    """Runs tasks of one setting. Keeps the last cell's arrivals, since policies come one after the other on it."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.policies: dict[str, Policy] = dict(load_policy(spec) for spec in setting.policies)
+        self._files = {Path(spec).stem: Path(spec) for spec in setting.policies if spec.endswith(".py")}
+        self._cell: Cell | None = None
+        self._arrivals: list[Arrival] = []
+
+    def arrivals(self, cell: Cell) -> list[Arrival]:
+        """The requests of ``cell``."""
+        if cell != self._cell:
+            self._arrivals = []  # the old ones go before the new ones come: a day's requests take hundreds of MB
+            self._arrivals = generate(scaled(self.setting.workload, cell.rate_scale), cell.seed)
+            self._cell = cell
+        return self._arrivals
+
+    def perform(self, task: Task) -> RunOutcome | LpBound:
+        """Any task, for a pool."""
+        if isinstance(task, BoundTask):
+            return lp_bound(self.arrivals(task.cell), self.setting.profile, self.setting.instances)
+        began = time.perf_counter()
+        result = self.simulate(task)
+        return self.outcome(task, result, time.perf_counter() - began)
+
+    def simulate(self, task: RunTask, observe: Observer | None = None) -> SimResult:
+        """One run. Raises HyperFlexisError naming file and line when a user's policy file fails in it."""
+        setting = self.setting
+        duration_s = setting.workload.duration_s
+        config = SimConfig(
+            profile=setting.profile,
+            instances=setting.instances,
+            policy=task.policy,
+            rules=self.policies[task.policy],
+            seed=task.cell.seed,
+            noise=setting.noise,
+            device_factor=setting.device_factor,
+            report_delay_s=setting.report_delay_s,
+            known_lengths=setting.known_lengths,
+            leap=setting.leap,
+            sample_s=duration_s / TIMELINE_POINTS if task.detailed else 0.0,
+        )
+        try:
+            return simulate(config, self.arrivals(task.cell), duration_s, observe)
+        except HyperFlexisError:
+            raise
+        except Exception as error:
+            if task.policy not in self._files:
+                raise
+            place = where(error, self._files[task.policy])
+            raise HyperFlexisError(f"policy {place}: {type(error).__name__}: {error}") from error
+
+    def outcome(self, task: RunTask, result: SimResult, wall_s: float) -> RunOutcome:
+        """The figures of a run."""
+        setting, run = self.setting, result.run
+        return RunOutcome(
+            summary=summarise([run], setting.instances * run.ended_s),
+            counters=result.counters,
+            losses=Counter(r.detail for r in run.records if r.outcome in ("rejected", "failed")),
+            simulated_s=run.ended_s,
+            wall_s=wall_s,
+            curves=curves(run.records) if task.detailed else None,
+            timeline=timeline(result, setting.profile.kv_capacity_tokens) if task.detailed else None,
+        )
+
+
+def timeline(result: SimResult, kv_capacity_tokens: int) -> Timeline:
+    """A run's samples as one series an instance."""
+    times = sorted({sample.t for sample in result.timeline})
+    waiting: dict[int, list[float]] = {}
+    kv: dict[int, list[float]] = {}
+    budget_ms: dict[int, list[float]] = {}
+    for sample in result.timeline:
+        waiting.setdefault(sample.instance, []).append(sample.waiting)
+        kv.setdefault(sample.instance, []).append(100.0 * sample.kv_tokens / kv_capacity_tokens)
+        budget_ms.setdefault(sample.instance, []).append(1000.0 * sample.budget_s)
+    return Timeline(result.run.duration_s, times, list(waiting.values()), list(budget_ms.values()), list(kv.values()))
+
+
+def perform_all(
+    setting: Setting, tasks: Sequence[Task], jobs: int, show: Callable[[], AbstractContextManager[Callable[[], None]]]
+) -> Outcomes:
+    """All tasks, in this process when ``jobs`` is 1, else in so many. ``show`` opens a view of the progress and gives
+    what is called after each task.
+
+    An interrupt or an error ends the workers at once. Raises HyperFlexisError when the system killed one.
+    """
+    if jobs == 1 or len(tasks) == 1:
+        runner = Runner(setting)
+        done: Outcomes = {}
+        with show() as advance:
+            for task in tasks:
+                done[task] = runner.perform(task)
+                advance()
+        return done
+    executor = ProcessPoolExecutor(min(jobs, len(tasks)), initializer=_start_worker, initargs=(setting,))
+    try:
+        # Workers start with the first task. Only then may the view start its thread: a fork copies locks as they are.
+        futures = {executor.submit(_perform, task): task for task in tasks}
+        with show() as advance:
+            for future in as_completed(futures):
+                future.result()
+                advance()
+        return {task: future.result() for future, task in futures.items()}
+    except BrokenProcessPool:
+        raise HyperFlexisError("a worker process was killed, for lack of memory perhaps: try fewer --jobs") from None
+    except BaseException:
+        for child in active_children():
+            child.terminate()
+        raise
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+_runner: Runner | None = None
+"""A worker process's own."""
+
+
+def _start_worker(setting: Setting) -> None:
+    global _runner
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    gc.set_threshold(100_000)  # looking for the little garbage in cycles takes a sixth of a run at the default
+    _runner = Runner(setting)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for its next task for ever."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _perform(task: Task) -> RunOutcome | LpBound:
+    assert _runner is not None
+    return _runner.perform(task)

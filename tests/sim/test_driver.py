@@ -1,0 +1,218 @@
+"""The driver: leaping equals stepping, runs repeat to the last bit, queues obey their closed forms."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import sqrt
+from random import Random
+from statistics import mean, stdev
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hyperflexis.controller import Controller
+from hyperflexis.core.effects import Dispatch, Effect, Reject
+from hyperflexis.core.events import Event, InstanceJoined, InstanceLeft, RequestFinished
+from hyperflexis.core.latency import Coefficients
+from hyperflexis.core.profile import Domain, Profile
+from hyperflexis.core.slo import Slo
+from hyperflexis.policy.catalog import find_policy
+from hyperflexis.sim.driver import SimConfig, SimResult, simulate
+from hyperflexis.sim.faults import Fault
+from hyperflexis.sim.workload import Arrival
+
+DEVICE = Coefficients(0.005, 5e-5, 1e-9, 1e-4, 1e-8)
+
+
+def profile(coefficients: Coefficients = DEVICE, **changes: object) -> Profile:
+    made = Profile(
+        name="test",
+        model="m",
+        device_kind="test",
+        source="made up",
+        assumptions="none",
+        coefficients=coefficients,
+        mape={"prefill": 0.0, "decode": 0.0, "mixed": 0.0},
+        left_out_mape={"prefill": 0.0, "decode": 0.0, "mixed": 0.0},
+        domain=Domain(8192, 256, 1_000_000),
+        kv_bytes_per_token=1,
+        weight_bytes=1,
+        kv_capacity_tokens=200_000,
+        context_length=8192,
+        max_batch=64,
+        max_batch_tokens=2048,
+    )
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def config(policy: str = "hyperflexis", instances: int = 2, **changes: object) -> SimConfig:
+    made = SimConfig(profile(), instances, policy.partition("@")[0], find_policy(policy))
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def draw_arrivals(random: Random, count: int, rate: float) -> list[Arrival]:
+    arrivals, t = [], 0.0
+    for _ in range(count):
+        t += random.expovariate(rate)
+        slo = Slo(
+            random.choice((None, 0.3, 2.0)),
+            random.choice((None, 0.01, 0.05)),
+            random.choice((None, None, 5.0, 60.0)),
+        )
+        prompt, output = random.randint(1, 3000), random.choice((1, random.randint(1, 30), random.randint(1, 600)))
+        hashes = tuple(range(random.randint(0, 6))) if random.random() < 0.5 else ()
+        arrivals.append(Arrival(t, "c", slo, random.choice((1.0, 4.0)), prompt, output, hash_ids=hashes))
+    return arrivals
+
+
+class Watch:
+    """Sees all events; checks what must hold after each of them."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.up: set[tuple[str, int]] = set()
+        self.ended: set[str] = set()
+
+    def __call__(self, now: float, event: Event, effects: object) -> None:
+        assert isinstance(effects, list)
+        match event:
+            case InstanceJoined():
+                self.up.add((event.info.id, event.info.epoch))
+            case InstanceLeft():
+                self.up.remove((event.id, event.epoch))
+            case RequestFinished():
+                assert event.id not in self.ended, "a request ended twice"
+                self.ended.add(event.id)
+            case _:
+                pass
+        for effect in effects:
+            assert isinstance(effect, Effect)
+            match effect:
+                case Dispatch():
+                    assert (effect.instance, effect.epoch) in self.up, "placed on an instance that is not there"
+                    assert effect.request_id not in self.ended
+                case Reject():
+                    assert effect.request_id not in self.ended
+                    self.ended.add(effect.request_id)
+        self.lines.append(f"{now!r} {event!r} {effects!r}")
+
+
+def run(config: SimConfig, arrivals: list[Arrival], duration_s: float) -> tuple[SimResult, Watch]:
+    watch = Watch()
+    result = simulate(config, arrivals, duration_s, watch)
+    assert len(result.run.records) == len(arrivals)
+    for record, arrival in zip(result.run.records, arrivals, strict=True):
+        if record.outcome == "finished":
+            assert record.received_tokens == arrival.num_output_tokens
+            assert record.ttft_s is not None and record.e2e_s is not None and 0.0 < record.ttft_s <= record.e2e_s
+    if not config.faults:
+        assert result.counters.output_tokens == sum(record.received_tokens for record in result.run.records)
+    return result, watch
+
+
+POLICY_NAMES = ("hyperflexis", "round_robin@256", "prefill_first", "edf@512", "priority")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 1 << 32))
+def test_leaping_equals_stepping(seed: int) -> None:
+    random = Random(seed)
+    arrivals = draw_arrivals(random, random.randint(1, 40), random.choice((1.0, 10.0, 50.0)))
+    small = random.random() < 0.4
+    faults = tuple(
+        Fault(random.uniform(0.0, 4.0), random.randrange(2), kind, random.uniform(0.1, 2.0), 3.0)  # type: ignore[arg-type]
+        for kind in random.sample(("kill", "hang", "slow"), random.choice((0, 0, 1, 2)))
+    )
+    setup = config(
+        random.choice(POLICY_NAMES),
+        profile=profile(kv_capacity_tokens=8192 if small else 200_000),
+        noise=random.choice((0.0, 0.1)),
+        device_factor=random.choice((1.0, 1.2)),
+        report_delay_s=random.choice((0.0, 0.1)),
+        faults=faults,
+        seed=seed,
+    )
+    leapt, leapt_log = run(setup, arrivals, 10.0)
+    stepped, stepped_log = run(replace(setup, leap=False), arrivals, 10.0)
+    assert leapt_log.lines == stepped_log.lines
+    assert leapt.run == stepped.run
+    assert replace_events(leapt) == replace_events(stepped)
+
+
+def replace_events(result: SimResult) -> object:
+    """Counters without the number of the driver's own events, which leaping is there to lower."""
+    counters = result.counters
+    return (counters.iterations, counters.prompt_tokens, counters.output_tokens, counters.busy_s, counters.preemptions)
+
+
+def test_leaps_are_taken() -> None:
+    arrivals = [Arrival(0.0, "c", Slo(), 1.0, 100, 1000)]
+    leapt, _ = run(config(), arrivals, 10.0)
+    assert leapt.counters.iterations == 1000
+    assert leapt.counters.events < 120, "reports aside, a thousand decodes are few events"
+
+
+def _waits(service: str, seed: int, load: float, count: int) -> tuple[list[float], float]:
+    """Waiting times at one instance that serves one-token requests, one at a time, in order of arrival."""
+    random = Random(seed)
+    per_token = 1e-3
+    alone = profile(Coefficients(1e-9, per_token, 0.0, 0.0, 0.0), max_batch=1, context_length=1 << 20)
+    mean_tokens = 1000
+    arrivals, t = [], 0.0
+    for _ in range(count):
+        t += random.expovariate(load / (mean_tokens * per_token))
+        tokens = mean_tokens if service == "D" else max(round(random.expovariate(1.0 / mean_tokens)), 1)
+        arrivals.append(Arrival(t, "c", Slo(), 1.0, tokens, 1))
+    sized = replace(alone, max_batch_tokens=1 << 20, kv_capacity_tokens=1 << 21)
+    setup = config("round_robin", 1, profile=sized, prefix_reuse=False)
+    result, _ = run(setup, arrivals, t)
+    waits = []
+    for record in result.run.records:
+        assert record.ttft_s is not None
+        waits.append(record.ttft_s - per_token * record.num_prompt_tokens)
+    return waits, mean_tokens * per_token
+
+
+@pytest.mark.parametrize("service", ["M", "D"])
+def test_waiting_times_of_a_single_server_are_those_of_the_closed_form(service: str) -> None:
+    load, means = 0.7, []
+    for seed in range(12):
+        waits, service_s = _waits(service, seed, load, 3000)
+        means.append(mean(waits[300:]) / service_s)
+    expected = load / (1.0 - load) * (1.0 if service == "M" else 0.5)  # Pollaczek-Khinchine
+    error = 2.2 * stdev(means) / sqrt(len(means))  # t of 11 degrees of freedom at 95%
+    assert abs(mean(means) - expected) < error, f"M/{service}/1: {mean(means):.3f} +- {error:.3f}, not {expected:.3f}"
+
+
+def test_a_killed_instance_loses_what_has_begun_and_the_rest_goes_elsewhere() -> None:
+    arrivals = [Arrival(0.001 * k, "c", Slo(5.0, 0.05), 1.0, 2000, 100) for k in range(20)]
+    result, watch = run(config(faults=(Fault(0.5, 0, "kill", 1.0),)), arrivals, 10.0)
+    outcomes = [record.outcome for record in result.run.records]
+    assert outcomes.count("failed") >= 1
+    assert outcomes.count("finished") >= 10
+    assert set(outcomes) == {"failed", "finished"}
+    assert ("0", 2) in watch.up, "a new process with a newer epoch"
+    for record in result.run.records:
+        if record.outcome == "failed":
+            assert record.instance == "0" and record.ttft_s is not None
+
+
+def test_a_slow_instance_is_slow_and_the_fit_follows() -> None:
+    arrivals = [Arrival(0.1 * k, "c", Slo(), 1.0, 100, 50) for k in range(50)]
+    plain, _ = run(config(instances=1), arrivals, 10.0)
+    slow, _ = run(config(instances=1, faults=(Fault(0.0, 0, "slow", 100.0, 2.0),)), arrivals, 10.0)
+    ratio = slow.counters.busy_s / slow.counters.iterations / (plain.counters.busy_s / plain.counters.iterations)
+    assert 1.5 < ratio < 3.0
+
+
+def test_the_controller_is_the_live_one() -> None:
+    """A journal of the run, replayed through a fresh Controller, gives the same effects."""
+    lines: list[tuple[float, Event, list[Effect]]] = []
+    setup = config()
+    arrivals = draw_arrivals(Random(5), 60, 20.0)
+    simulate(setup, arrivals, 10.0, lambda now, event, effects: lines.append((now, event, list(effects))))
+    from hyperflexis.controller import ControllerConfig
+
+    twin = Controller(ControllerConfig(("model",), "hyperflexis"))
+    assert [twin.handle(event, now) for now, event, _ in lines] == [effects for _, _, effects in lines]

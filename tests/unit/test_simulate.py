@@ -1,0 +1,285 @@
+"""The options of `hyperflexis simulate`, what it refuses, and its figures over loads and seeds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hyperflexis import cli, simulate
+from hyperflexis.core.record import Record
+from hyperflexis.core.slo import Slo
+from hyperflexis.errors import ConfigError
+from hyperflexis.policy.catalog import POLICIES, STEPS
+from hyperflexis.policy_file import load_policy
+from hyperflexis.simulate import log_lines, make_plan, parse_loads, parse_seeds
+from hyperflexis.simulate_run import BoundTask, Runner, RunTask
+
+WORKLOAD = """\
+seed: 3
+duration_s: 10
+max_context: 4096
+arrivals: {rate_rps: 12, cv: 1.5}
+classes:
+  - name: code
+    share: 0.6
+    ttft_ms: 200
+    tpot_ms: 40
+    lengths: {prompt: {lognormal: {median: 600, sigma: 1.0}}, output: 20}
+  - {name: batch, share: 0.4, e2e_ms: 30000, lengths: {prompt: 1500, output: 100}}
+"""
+
+
+@pytest.fixture
+def workload(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(WORKLOAD)
+    return path
+
+
+def command(workload: Path, *options: str) -> list[str]:
+    return ["simulate", str(workload), "--profile", "h100-llama-3.1-8b", "--instances", "1", *options]
+
+
+def parse(*argv: str) -> argparse.Namespace:
+    return cli.build_parser("simulate").parse_args(argv)
+
+
+def error_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1, error
+    return error
+
+
+@pytest.mark.parametrize(
+    ("text", "loads"),
+    [
+        ("0.5:1.6:0.1", tuple(round(0.5 + 0.1 * i, 9) for i in range(12))),
+        ("0.7,1.0,1.3", (0.7, 1.0, 1.3)),
+        ("1.3,0.7,0.7", (0.7, 1.3)),
+        ("1:2:0.4", (1.0, 1.4, 1.8)),
+        ("0.9,1:1.2:0.1", (0.9, 1.0, 1.1, 1.2)),
+        ("1", (1.0,)),
+    ],
+)
+def test_loads(text: str, loads: tuple[float, ...]) -> None:
+    assert parse_loads(text) == loads
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "a", "1:2", "1:2:3:4", "0:1:0.1", "2:1:0.1", "1:2:0", "-1", "1,", "nan", "1:inf:1", "1:2:nan", "1:9:1e-9"],
+)
+def test_loads_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="--loads"):
+        parse_loads(text)
+
+
+def test_seeds() -> None:
+    assert parse_seeds("2,1") == (2, 1)
+    for text in ("", "a", "1,,2", "1.5", "-1", "1,1", "²", "9" * 30):
+        with pytest.raises(ConfigError, match="--seeds"):
+            parse_seeds(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--policies", "hyperflex"], ["hyperflex", "did you mean hyperflexis"]),
+        (["--policies", "edf@x"], ["edf@512"]),
+        (["--policies", "nothing.py"], ["nothing.py", "no such file"]),
+        (["--profile", "h200"], ["h200", "h100-llama-3.1-8b"]),
+        (["--loads", "0:1:0.1"], ["--loads", "above 0"]),
+        (["--seeds", "one"], ["--seeds", "1,2,3"]),
+        (["--instances", "0"], ["--instances", "at least 1"]),
+        (["--duration", "0"], ["--duration", "above 0"]),
+        (["--noise", "-0.1"], ["--noise", "at least 0"]),
+        (["--device-factor", "0"], ["--device-factor", "above 0"]),
+        (["--report-delay-ms", "nan"], ["--report-delay-ms"]),
+        (["--jobs", "0"], ["--jobs", "at least 1"]),
+        (["--csv", "x"], ["NAME=FILE"]),
+        (["--log", "x", "--seeds", "1,2"], ["--log", "one policy"]),
+        (["--journal", "x", "--policies", "edf", "--loads", "1,2"], ["--journal", "one load"]),
+        (["--journal", "x"], ["--policies hyperflexis"]),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    options: list[str], words: list[str], workload: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = error_of(command(workload, *options), capsys)
+    assert all(word in error for word in words), error
+
+
+def test_a_missing_workload_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nothing.yaml" in error_of(command(tmp_path / "nothing.yaml"), capsys)
+
+
+def test_each_model_needs_an_instance(workload: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    workload.write_text(WORKLOAD.replace("name: code", "name: code\n    model: big"))
+    error = error_of(command(workload), capsys)
+    assert "at least 2" in error and "big" in error
+
+
+def test_a_workload_without_arrivals_is_refused(workload: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    workload.write_text(WORKLOAD.replace("rate_rps: 12", "rate_rps: 0.0001"))
+    assert "no arrival" in error_of(command(workload), capsys)
+
+
+def test_loads_scale_the_rate_to_the_capacity(workload: Path) -> None:
+    plan = make_plan(parse(*command(workload, "--loads", "0.5,1", "--seeds", "1,2", "--policies", "edf,hyperflexis")))
+    assert plan.rates == {0.5: 0.5 * plan.capacity_rps, 1.0: plan.capacity_rps}
+    runs = [task for task in plan.tasks() if isinstance(task, RunTask)]
+    assert len(runs) == 2 * 2 * 2 and runs[0].cell.load == 1.0
+    runner = Runner(plan.setting)
+    rps = len(runner.arrivals(plan.cell(0.5, 3))) / 10.0  # the workload's own seed, whose mix the capacity is of
+    assert rps == pytest.approx(0.5 * plan.capacity_rps, rel=0.2)
+
+
+def test_without_loads_the_workload_keeps_its_rate(workload: Path) -> None:
+    plan = make_plan(parse(*command(workload, "--bound")))
+    assert [task.cell.rate_scale for task in plan.tasks()] == [1.0, 1.0, 1.0]
+    assert [type(task) for task in plan.tasks()] == [RunTask, RunTask, BoundTask]
+    assert plan.seeds == (3,) and plan.chosen == plan.workload_rps / plan.capacity_rps
+
+
+def test_only_the_load_nearest_to_capacity_is_looked_at_in_detail(workload: Path) -> None:
+    options = ("--loads", "0.5,0.9,1.5", "--seeds", "4,5", "--report", "out", "--policies", "edf")
+    tasks = make_plan(parse(*command(workload, *options))).tasks()
+    detailed = [task for task in tasks if isinstance(task, RunTask) and task.detailed]
+    assert [(task.cell.load, task.cell.seed) for task in detailed] == [(0.9, 4)]
+
+
+def figures_of(argv: list[str], tmp_path: Path) -> dict[str, Any]:
+    assert cli.main([*argv, "--json", str(tmp_path / "figures.json")]) == 0
+    found: dict[str, Any] = json.loads((tmp_path / "figures.json").read_text())
+    return found
+
+
+def test_the_sweep_ends_in_the_load_that_is_carried(workload: Path, tmp_path: Path) -> None:
+    options = ("--policies", "round_robin", "--loads", "0.2,3", "--seeds", "1,2", "--jobs", "1")
+    found = figures_of(command(workload, *options), tmp_path)
+    policy = found["policies"]["round_robin"]
+    low, high = (point["attainment"] for point in policy["sweep"])
+    assert low >= 0.9 > high
+    load = 0.2 + (low - 0.9) / (low - high) * 2.8
+    assert policy["goodput_at_90"]["load"] == pytest.approx(load)
+    assert policy["goodput_at_90"]["rps"] == pytest.approx(load * found["capacity_rps"])
+    assert policy["knee_all_classes_90"]["load"] <= load
+    assert [one["load"] is not None for one in policy["goodput_at_90"]["by_seed"]] == [True, True]
+    first, second = policy["sweep"][0]["by_seed"]["attainment"]
+    assert policy["sweep"][0]["attainment"] == pytest.approx((first + second) / 2)
+    assert policy["load"] == 0.2  # the nearest to 1 stands for all
+
+
+def test_a_slower_device_and_noise_and_late_reports_change_the_run(workload: Path, tmp_path: Path) -> None:
+    base = command(workload, "--policies", "hyperflexis", "--jobs", "1")
+    found = {
+        options: figures_of([*base, *options], tmp_path)["policies"]["hyperflexis"]["mean_e2e_s"]
+        for options in (
+            (),
+            ("--noise", "0.2"),
+            ("--device-factor", "1.5"),
+            ("--report-delay-ms", "500", "--instances", "2"),
+            ("--instances", "2"),
+        )
+    }
+    assert found["--device-factor", "1.5"] > 1.2 * found[()]
+    assert len(set(found.values())) == len(found)
+
+
+def test_the_log_has_a_line_per_request() -> None:
+    slo = Slo(1.0)
+    lines = log_lines(
+        [
+            Record("chat", slo, 0.5, 10, 5, "finished", 0.2, 0.6, 5, "0"),
+            Record("chat", slo, 0.7, 10, 5, "rejected", detail="overloaded"),
+        ]
+    ).splitlines()
+    first, second = (json.loads(line) for line in lines)
+    assert first["on_time"] and first["ttft_s"] == 0.2 and first["instance"] == "0"
+    assert not second["on_time"] and second["ttft_s"] is None and second["detail"] == "overloaded"
+
+
+# A user's policy file
+
+PLACE = """\
+from hyperflexis.policy.place import predict_first_come
+def place(now, tracked, ready, memory):
+    return predict_first_come(now, tracked, ready[-1], len(ready)), memory
+"""
+PLAN = """\
+from hyperflexis.policy.baselines import first_come
+def plan(now, waiting, running, latency, limits):
+    return first_come.plan(now, waiting, running, latency, limits)
+"""
+
+
+WriteFile = Callable[..., str]
+"""(text, name) -> path"""
+
+
+@pytest.fixture
+def policy_file(tmp_path: Path) -> Iterator[WriteFile]:
+    """Writes a policy file; what it adds to the catalog goes again."""
+    policies, steps = dict(POLICIES), dict(STEPS)
+
+    def write(text: str, name: str = "mine.py") -> str:
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    yield write
+    for catalog, before in ((POLICIES, policies), (STEPS, steps)):
+        for key in catalog.keys() - before.keys():
+            del catalog[key]
+
+
+def test_a_file_may_define_place_or_plan_or_a_whole_policy(policy_file: WriteFile) -> None:
+    name, policy = load_policy(policy_file(PLACE))
+    assert name == "mine" and policy.step == "first_come" and POLICIES["mine"] is policy
+    name, policy = load_policy(policy_file(PLAN))
+    assert policy.place is POLICIES["least_loaded"].place and STEPS[policy.step].plan.__name__ == "plan"
+    text = PLACE + "from hyperflexis.policy.catalog import Policy\nPOLICY = Policy(place, 'edf', chunk=256)\n"
+    assert load_policy(policy_file(text, "whole.py"))[1].chunk == 256
+    assert load_policy("edf@64")[1].chunk == 64
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "words"),
+    [
+        ("x = 1", "mine.py", "neither POLICY nor a function"),
+        ("place = 3", "mine.py", "neither POLICY nor a function"),
+        ("POLICY = 3", "mine.py", "POLICY is no"),
+        ("x = 1\nimport nothing_at_all", "mine.py", "mine.py:2: ModuleNotFoundError"),
+        ("x = 1\ny = = 2", "mine.py", "mine.py:2: SyntaxError"),
+        (PLACE, "edf.py", "rename the file"),
+        (PLACE + "from hyperflexis.policy.catalog import Policy\nPOLICY = Policy(place, 'x')", "mine.py", "no step"),
+    ],
+)
+def test_a_wrong_file_is_told_with_its_line(text: str, name: str, words: str, policy_file: WriteFile) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_policy(policy_file(text, name))
+
+
+def test_two_files_of_one_name_are_refused(policy_file: WriteFile, tmp_path: Path) -> None:
+    load_policy(policy_file(PLACE))
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ConfigError, match="rename"):
+        load_policy(policy_file(PLACE, "other/mine.py"))
+
+
+def test_a_file_that_fails_while_it_runs_is_told_with_its_line(
+    policy_file: WriteFile, workload: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = policy_file("def place(now, tracked, ready, memory):\n    return ready[7]\n")
+    error = error_of(command(workload, "--policies", path), capsys)
+    assert f"{path}:2: IndexError" in error
+
+
+def test_the_defaults_exist() -> None:
+    for name in simulate.DEFAULT_POLICIES.split(","):
+        assert load_policy(name)[1] is POLICIES[name]
