@@ -4,12 +4,13 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
+TRACES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench docs clean
+.PHONY: help setup demo test check bench experiments docs clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## make .venv with everything that demo, test and check need
 
@@ -35,6 +36,9 @@ check: setup  ## lint, format, types, generated documents
 
 bench: setup  ## the benchmarks under benchmarks/, each writing JSON under benchmarks/results/
 	@for file in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file $(ARGS) || exit 1; done
+
+experiments: setup  ## the claims of docs/experiments.md, measured anew: hours; TRACES=DIR with the data
+	$(BIN)/python -m benchmarks.experiments $(if $(TRACES),--traces $(TRACES)) $(ARGS)
 
 docs: setup  ## write the generated parts of docs/ anew
 	$(BIN)/hyperflexis config-docs > docs/configuration.md

@@ -1,7 +1,7 @@
 """The cluster level, whole and pure: ``Controller.handle(event, now) -> list[Effect]``.
 
     RequestArrived    -> Dispatch or Reject          a request is bound at arrival; past the limits it is refused
-    RequestFinished   -> nothing                     its class's output length is learnt
+    RequestFinished   -> nothing                     its output's length is learnt
     InstanceJoined    -> nothing                     READY; a newer epoch of a known id replaces the older
     InstanceReported  -> nothing                     progress, fitted latency
     InstanceLeft      -> nothing                     its gateways see their links break and ask again
@@ -31,6 +31,7 @@ from .core.events import (
     RequestFinished,
 )
 from .core.instance import InstanceInfo, InstanceState
+from .core.lengths import LengthModel
 from .core.request import Request, RequestState
 from .policy.catalog import find_policy
 from .policy.place import PlaceMemory, Placement
@@ -58,7 +59,7 @@ class Snapshot:
 
     instances: tuple[TrackedInstance, ...] = ()
     unbound: tuple[TrackedRequest, ...] = ()
-    output_mean: dict[str, float] = field(default_factory=dict)
+    lengths: LengthModel = field(default_factory=LengthModel)
     memory: PlaceMemory = field(default_factory=PlaceMemory)
     shadow_memory: PlaceMemory = field(default_factory=PlaceMemory)
 
@@ -171,7 +172,7 @@ class Controller:
         return placement, _decision(self._name, placement)
 
     def _track(self, request: Request, gateway: str, arrived_at: float) -> TrackedRequest:
-        expected = self.cluster.expected_output_tokens(request)
+        expected = self.cluster.lengths.predict(request)
         ttft_s = request.slo.first_token_by_s(expected)
         pace_s = request.slo.pace_s(expected, ttft_s if ttft_s < inf else 0.0)
         return TrackedRequest(request, gateway, arrived_at, arrived_at + ttft_s, pace_s, expected)
@@ -182,7 +183,7 @@ class Controller:
             return
         match event.outcome:
             case "finished":
-                self.cluster.learn_output(tracked.request, event.output_tokens)
+                self.cluster.lengths.learn(tracked.request, event.output_tokens)
                 state = RequestState.FINISHED
             case "cancelled":
                 state = RequestState.CANCELLED
@@ -230,12 +231,10 @@ class Controller:
     def snapshot(self) -> Snapshot:
         """The state itself, for encoding at once: it goes on changing."""
         cluster = self.cluster
-        for instance in cluster.instances.values():
-            instance.memo = None  # derived, and of no meaning to a decoder
         bound = {id for instance in cluster.instances.values() for id in instance.requests}
         unbound = tuple(t for id, t in cluster.requests.items() if id not in bound)
-        means = {f"{model}\n{name}": mean for (model, name), mean in cluster.output_mean.items()}
-        return Snapshot(tuple(cluster.instances.values()), unbound, means, self._memory, self._shadow_memory)
+        instances = tuple(cluster.instances.values())
+        return Snapshot(instances, unbound, cluster.lengths, self._memory, self._shadow_memory)
 
     @classmethod
     def restore(cls, config: ControllerConfig, snapshot: Snapshot) -> Controller:
@@ -246,9 +245,7 @@ class Controller:
             cluster.add(instance)
         for tracked in snapshot.unbound:
             cluster.track(tracked)
-        for key, mean in snapshot.output_mean.items():
-            model, name = key.split("\n")
-            cluster.output_mean[model, name] = mean
+        cluster.lengths = snapshot.lengths
         controller._memory, controller._shadow_memory = snapshot.memory, snapshot.shadow_memory
         return controller
 

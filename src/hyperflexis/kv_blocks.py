@@ -77,18 +77,20 @@ class KvBlocks:
         """Hold ``count`` blocks of undefined content, or None (and nothing changes) when there are too few."""
         if count > self.available:
             return None
-        blocks = []
-        for _ in range(count):
-            if self._free:
-                block = self._free.pop()
-            else:
-                block, _ = self._cached.popitem(last=False)
-                key = self._key_of[block]
-                assert key is not None
-                del self._by_key[key]
-                self._key_of[block] = None
-            self._holders[block] = 1
+        free, holders = self._free, self._holders
+        taken = min(count, len(free))
+        blocks = free[len(free) - taken :]
+        blocks.reverse()
+        del free[len(free) - taken :]
+        for _ in range(count - taken):
+            block, _ = self._cached.popitem(last=False)
+            key = self._key_of[block]
+            assert key is not None
+            del self._by_key[key]
+            self._key_of[block] = None
             blocks.append(block)
+        for block in blocks:
+            holders[block] = 1
         return blocks
 
     def publish(self, block: int, key: BlockKey) -> None:
@@ -99,10 +101,11 @@ class KvBlocks:
 
     def release(self, blocks: Sequence[int]) -> None:
         """Give blocks back. A table's end is evicted before its start, since prefixes are reused from the start."""
+        free, holders, key_of = self._free, self._holders, self._key_of
         for block in reversed(blocks):
-            self._holders[block] -= 1
-            if self._holders[block] == 0:
-                if self._key_of[block] is None:
-                    self._free.append(block)
+            left = holders[block] = holders[block] - 1
+            if left == 0:
+                if key_of[block] is None:
+                    free.append(block)
                 else:
                     self._cached[block] = None

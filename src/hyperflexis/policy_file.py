@@ -34,7 +34,7 @@ def load_policy(spec: str) -> tuple[str, Policy]:
     path = Path(spec)
     name = path.stem
     known = POLICIES.get(name)
-    if known is not None and getattr(sys.modules.get(_module_name(path)), "__file__", None) != str(path):
+    if known is not None and getattr(sys.modules.get(_module_name(path)), "__file__", None) != str(path.absolute()):
         raise ConfigError(f"{path}: a policy is named {name!r} already; rename the file")
     POLICIES[name] = _policy(path, _load(path))
     return name, POLICIES[name]
@@ -81,5 +81,6 @@ def where(error: BaseException, path: Path) -> str:
     """``path:line`` of the last line of the file at ``path`` that ``error`` went through, or only ``path``."""
     if isinstance(error, SyntaxError):
         return f"{path}:{error.lineno}"
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    file = str(path.absolute())
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     return f"{path}:{lines[-1]}" if lines else str(path)

@@ -3,14 +3,15 @@ from itertools import combinations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperflexis.policy.order import Item, on_time_subset, on_time_value
+from hyperflexis.core.request import QueuedJob
+from hyperflexis.policy.order import on_time_subset, subset_with
 
 
 def _items(values):
     return st.lists(
         st.tuples(st.floats(0.01, 10), st.floats(0.01, 5), values),
         max_size=9,
-    ).map(lambda rows: sorted(Item(due, work / v, str(i), work, v) for i, (due, work, v) in enumerate(rows)))
+    ).map(lambda rows: sorted(QueuedJob(due, work / v, str(i), work, v) for i, (due, work, v) in enumerate(rows)))
 
 
 def _fits(items) -> bool:
@@ -22,12 +23,13 @@ def _fits(items) -> bool:
     return True
 
 
+def _value(items) -> float:
+    return sum(i.value for i in items)
+
+
 def _best(items) -> float:
     return max(
-        sum(i.value for i in subset)
-        for size in range(len(items) + 1)
-        for subset in combinations(items, size)
-        if _fits(subset)
+        _value(subset) for size in range(len(items) + 1) for subset in combinations(items, size) if _fits(subset)
     )
 
 
@@ -45,8 +47,17 @@ def test_with_values_it_is_feasible_and_at_least_the_best_single_one(items):
     kept = on_time_subset(items)
     assert _fits(kept)
     singles = [i.value for i in items if i.work_s <= i.due + 1e-9]
-    assert on_time_value(items) >= max(singles, default=0.0)
-    assert on_time_value(items) <= _best(items) + 1e-9
+    assert _value(kept) >= max(singles, default=0.0)
+    assert _value(kept) <= _best(items) + 1e-9
+
+
+@settings(max_examples=200, deadline=None)
+@given(_items(st.sampled_from([1.0, 2.0, 5.0])), st.floats(0.01, 10), st.floats(0.01, 5), st.sampled_from([1.0, 3.0]))
+def test_a_newcomer_gains_what_two_subsets_differ_by(items, due, work, value):
+    job = QueuedJob(due, work / value, "new", work, value)
+    kept, gain = subset_with(items, job, 0.3, 0.8)
+    assert list(kept) == list(on_time_subset(sorted([*items, job]), 0.3, 0.8))
+    assert gain == _value(kept) - _value(on_time_subset(items, 0.3, 0.8))
 
 
 @settings(max_examples=100, deadline=None)
@@ -73,8 +84,8 @@ def test_heuristic_is_close_to_the_optimum_on_average():
         items = []
         for i in range(8):
             due, work, value = rng.uniform(0.2, 6), rng.uniform(0.1, 3), rng.choice([1.0, 2.0, 4.0])
-            items.append(Item(due, work / value, str(i), work, value))
+            items.append(QueuedJob(due, work / value, str(i), work, value))
         items.sort()
-        won += on_time_value(items)
+        won += _value(on_time_subset(items))
         best += _best(items)
     assert won / best > 0.95

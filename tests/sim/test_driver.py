@@ -216,3 +216,22 @@ def test_the_controller_is_the_live_one() -> None:
 
     twin = Controller(ControllerConfig(("model",), "hyperflexis"))
     assert [twin.handle(event, now) for now, event, _ in lines] == [effects for _, _, effects in lines]
+
+
+def test_a_scheduler_that_is_told_lengths_expects_each_and_one_that_is_not_learns() -> None:
+    arrivals = [Arrival(0.5 * k, "c", Slo(), 1.0, *((100, 30) if k % 2 else (1000, 200))) for k in range(80)]
+
+    def expected(known_lengths: bool) -> list[float]:
+        found: list[float] = []
+        simulate(
+            config(known_lengths=known_lengths),
+            arrivals,
+            60.0,
+            lambda _, __, effects: found.extend(e.expected_output_tokens for e in effects if isinstance(e, Dispatch)),
+        )
+        return found
+
+    assert expected(True) == [float(arrival.num_output_tokens) for arrival in arrivals]
+    learnt = expected(False)
+    assert learnt[0] == learnt[1] == 128.0, "nothing is known yet"
+    assert max(learnt[-9::2]) < 60.0 < 150.0 < min(learnt[-10::2])

@@ -155,6 +155,21 @@ def test_progress_frees_load_and_output_lengths_are_learnt():
     assert ask(c, request("p4", max_output_tokens=7)).expected_output_tokens == 7.0
 
 
+def test_answers_to_short_and_to_long_prompts_are_told_apart_also_by_a_restored_controller():
+    c = controller()
+    for k in range(60):
+        ask(c, request(f"short{k}", prompt=300, max_output_tokens=1000))
+        ask(c, request(f"long{k}", prompt=1000, max_output_tokens=1000))
+        c.handle(RequestFinished(f"short{k}", "finished", 50, 0.1, 1.0), 1.0)
+        c.handle(RequestFinished(f"long{k}", "finished", 400, 0.1, 1.0), 1.0)
+    ask(c, request("gone", prompt=300))
+    c.handle(RequestFinished("gone", "cancelled", 9000, 0.1, 1.0), 1.0)
+    copy = msgspec.msgpack.decode(msgspec.msgpack.encode(c.snapshot()), type=Snapshot)
+    for one in (c, Controller.restore(c.config, copy)):
+        assert ask(one, request("s", prompt=310, max_output_tokens=1000)).expected_output_tokens < 100.0
+        assert ask(one, request("l", prompt=990, max_output_tokens=1000)).expected_output_tokens > 350.0
+
+
 def test_a_request_asked_again_avoids_the_instance_that_failed_it_and_is_counted_once():
     c = controller()
     where = ask(c, request("r")).instance

@@ -265,6 +265,17 @@ def test_a_wrong_file_is_told_with_its_line(text: str, name: str, words: str, po
         load_policy(policy_file(text, name))
 
 
+def test_a_relative_path_may_be_loaded_again_and_is_told_with_its_line(
+    policy_file: WriteFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    policy_file(PLACE)
+    assert load_policy("mine.py")[0] == load_policy("mine.py")[0] == "mine"
+    policy_file("x = 1\ny = nothing", "wrong.py")
+    with pytest.raises(ConfigError, match=r"policy wrong\.py:2: NameError"):
+        load_policy("wrong.py")
+
+
 def test_two_files_of_one_name_are_refused(policy_file: WriteFile, tmp_path: Path) -> None:
     load_policy(policy_file(PLACE))
     (tmp_path / "other").mkdir()

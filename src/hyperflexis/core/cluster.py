@@ -6,20 +6,19 @@ comparisons, not a walk over their requests. Times are seconds of the controller
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 from math import inf
 
 from ..errors import IllegalTransition
 from .instance import InstanceInfo, InstanceReport, InstanceState, check_instance_move
 from .latency import Coefficients
-from .request import Request, RequestState, check_request_move
+from .lengths import LengthModel
+from .prefixes import Prefixes
+from .request import QueuedJob, Request, RequestState, check_request_move
 
 REPORT_DELAY_S = 0.1
 """A report may be this old: a first token is held to be late only if it was late even so."""
-OUTPUT_PRIOR = 128.0
-"""Expected output tokens of a class before any of its requests has finished."""
-OUTPUT_WEIGHT = 0.02
-"""Weight of the newest request in a class's mean output length: about the last 50 count."""
 
 
 @dataclass(slots=True, eq=False)
@@ -53,6 +52,11 @@ class TrackedRequest:
         """The prompt and half of its expected output, or what it has put out if that is more."""
         return self.request.num_prompt_tokens + max(self.output_tokens, 0.5 * self.expected_output_tokens)
 
+    def queued_job(self, work_s: float) -> QueuedJob:
+        """Its prompt in an instance's queue, with ``work_s`` seconds of it to come."""
+        request = self.request
+        return QueuedJob(self.first_due, work_s / request.value, request.id, work_s, request.value)
+
     def move(self, state: RequestState) -> None:
         """Change state along the table; raises IllegalTransition."""
         check_request_move(self.state, state)
@@ -63,10 +67,10 @@ class TrackedRequest:
 class TrackedInstance:
     """An instance and the totals of the requests bound to it.
 
-    ``prefill_s``: seconds of prompt work; ``num_decodes`` and ``decode_kv_tokens``: requests past their prompt and
-    their context; ``kv_tokens``: context of all bound ones; ``paces``: how many requests have which pace, without
-    those that have missed it. ``memo`` is for the placement policy alone: what it has derived from the prompts to
-    compute here, forgotten when they change.
+    ``prompts``: those of which prompt tokens are still to compute, by deadline, and ``prefill_s`` their seconds;
+    ``num_decodes`` and ``decode_kv_tokens``: requests past their prompt and their context; ``kv_tokens``: context of
+    all bound ones, with what they share counted once; ``paces``: how many requests have which pace, without those that
+    have missed it; ``prefixes``: what they share, and what its KV cache is expected to have for the next.
     """
 
     info: InstanceInfo
@@ -74,12 +78,13 @@ class TrackedInstance:
     state: InstanceState = InstanceState.LAUNCHING
     report: InstanceReport | None = None
     requests: dict[str, TrackedRequest] = field(default_factory=dict)
+    prompts: list[QueuedJob] = field(default_factory=list)
     prefill_s: float = 0.0
     num_decodes: int = 0
     decode_kv_tokens: float = 0.0
     kv_tokens: float = 0.0
     paces: dict[float, int] = field(default_factory=dict)
-    memo: object = None
+    prefixes: Prefixes = field(default_factory=Prefixes)
 
     @property
     def id(self) -> str:
@@ -101,16 +106,42 @@ class TrackedInstance:
         check_instance_move(self.state, state)
         self.state = state
 
+    def prefix_hit_tokens(self, request: Request) -> int:
+        """Leading prompt tokens that are expected in its KV cache; one is always left to compute."""
+        num_tokens = request.num_prompt_tokens
+        return min(self.prefixes.recent_tokens(request.prefix_keys, num_tokens), num_tokens - 1)
+
+    def kv_tokens_with(self, tracked: TrackedRequest) -> float:
+        """``kv_tokens`` if the request joined."""
+        request = tracked.request
+        shared = self.prefixes.held_tokens(request.prefix_keys, request.num_prompt_tokens)
+        return self.kv_tokens + tracked.expected_context() - shared
+
+    def prompt_s(self, request: Request) -> float:
+        """Seconds of computing the prompt here, without what is expected in its KV cache."""
+        hit = self.prefix_hit_tokens(request)
+        return self.latency.prefill_s(request.num_prompt_tokens - hit, hit)
+
     def bind(self, tracked: TrackedRequest) -> None:
-        """Count a request that was dispatched here."""
-        self.requests[tracked.request.id] = tracked
+        """Count a request that was dispatched here. Until it reports, what is expected in the KV cache counts as
+        computed."""
+        request = tracked.request
+        self.requests[request.id] = tracked
+        tracked.prefilled = max(tracked.prefilled, self.prefix_hit_tokens(request))
         self._count(tracked)
+        self.kv_tokens -= self.prefixes.hold(request.prefix_keys, request.num_prompt_tokens)
+        self.prefixes.use(request.prefix_keys, request.num_prompt_tokens, self.info.kv_capacity_tokens)
 
     def unbind(self, tracked: TrackedRequest) -> None:
-        """Forget a request that left."""
-        if tracked.request.id in self.requests:
+        """Forget a request that left; its context, if it was computed, remains for reuse."""
+        request = tracked.request
+        if request.id in self.requests:
             self._uncount(tracked)
-            del self.requests[tracked.request.id]
+            del self.requests[request.id]
+            self.kv_tokens += self.prefixes.release(request.prefix_keys, request.num_prompt_tokens)
+            if not tracked.remaining_prefill:
+                context = request.num_prompt_tokens + tracked.output_tokens
+                self.prefixes.use(request.prefix_keys, context, self.info.kv_capacity_tokens)
 
     def take_report(self, report: InstanceReport, now: float) -> None:
         """Update latency, and progress and totals of the requests that moved: O(those)."""
@@ -123,7 +154,7 @@ class TrackedInstance:
             self._uncount(tracked)
             if progress.output_tokens and not tracked.output_tokens:
                 tracked.missed_first = now - REPORT_DELAY_S > tracked.first_due
-            tracked.prefilled = max(tracked.prefilled, progress.prefilled_tokens)
+            tracked.prefilled = progress.prefilled_tokens
             tracked.output_tokens = max(tracked.output_tokens, progress.output_tokens)
             self._count(tracked)
 
@@ -132,7 +163,7 @@ class TrackedInstance:
         tracked.context_tokens = tracked.expected_context()
         self.kv_tokens += tracked.context_tokens
         if tracked.remaining_prefill:
-            self.memo = None
+            insort(self.prompts, tracked.queued_job(tracked.work_s))
             self.prefill_s += tracked.work_s
         else:
             self.num_decodes += 1
@@ -144,7 +175,7 @@ class TrackedInstance:
         # Rounding must not leave less than nothing behind.
         self.kv_tokens = max(self.kv_tokens - tracked.context_tokens, 0.0)
         if tracked.remaining_prefill:
-            self.memo = None
+            del self.prompts[bisect_left(self.prompts, tracked.queued_job(tracked.work_s))]
             self.prefill_s = max(self.prefill_s - tracked.work_s, 0.0)
         else:
             self.num_decodes -= 1
@@ -156,13 +187,13 @@ class TrackedInstance:
 
 
 class Cluster:
-    """All instances, by model, and all requests in flight."""
+    """All instances, by model, all requests in flight, and what their outputs' lengths were so far."""
 
     def __init__(self) -> None:
         self.instances: dict[str, TrackedInstance] = {}
         self.by_model: dict[str, dict[str, TrackedInstance]] = {}
         self.requests: dict[str, TrackedRequest] = {}
-        self.output_mean: dict[tuple[str, str], float] = {}
+        self.lengths = LengthModel()
 
     def ready(self, model: str) -> list[TrackedInstance]:
         """Instances of ``model`` that take new requests, in order of joining."""
@@ -218,14 +249,3 @@ class Cluster:
         self.unbind(tracked)
         tracked.move(state)
         del self.requests[tracked.request.id]
-
-    def expected_output_tokens(self, request: Request) -> float:
-        """Mean output of the request's class so far, within the client's limit."""
-        mean = self.output_mean.get((request.model, request.slo_class), OUTPUT_PRIOR)
-        return max(1.0, min(mean, float(request.max_output_tokens)))
-
-    def learn_output(self, request: Request, output_tokens: int) -> None:
-        """Take in a finished request's length."""
-        key = (request.model, request.slo_class)
-        mean = self.output_mean.get(key)
-        self.output_mean[key] = output_tokens if mean is None else mean + OUTPUT_WEIGHT * (output_tokens - mean)

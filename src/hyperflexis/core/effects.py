@@ -29,7 +29,7 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """Send the request to an instance. ``expected_output_tokens`` is the class's mean so far."""
+    """Send the request to an instance. ``expected_output_tokens`` is what core/lengths.py expects."""
 
     request_id: str
     gateway: str

@@ -196,15 +196,17 @@ class OnlineFit:
             if 0.0 < seconds < inf:
                 self.observations += 1
                 predicted = bias * (base + theta[4] * kv)
-                error = min(max(seconds / max(predicted, 1e-9), 0.2), 5.0) - 1.0
+                ratio = seconds / (predicted if predicted > 1e-9 else 1e-9)
+                error = (0.2 if ratio < 0.2 else 5.0 if ratio > 5.0 else ratio) - 1.0
                 # A quantile tracked by asymmetric steps: up 0.9, down 0.1 of a step sized to the residual's scale.
-                q90 = min(max(q90 + (0.018 if error > q90 else -0.002), 0.0), 1.0)
+                q90 += 0.018 if error > q90 else -0.002
+                q90 = 0.0 if q90 < 0.0 else 1.0 if q90 > 1.0 else q90
                 same = near and last is not None and _near(kv, last[3])
                 repeats = repeats + 1 if same else 0
                 if same and repeats % 64:
                     # Steady state: the direction is known, only the level may drift.
-                    bias *= 1.0 + 0.02 * max(min(error, 0.5), -0.5)
-                    bias = min(max(bias, 0.2), 5.0)
+                    bias *= 1.0 + 0.02 * (-0.5 if error < -0.5 else 0.5 if error > 0.5 else error)
+                    bias = 0.2 if bias < 0.2 else 5.0 if bias > 5.0 else bias
                 else:
                     last = self._last_row = (x1, x2, x3, kv)
                     self._update(last, min(seconds, 5.0 * predicted) / bias)
@@ -218,24 +220,26 @@ class OnlineFit:
         self._bias, self._q90, self._repeats = bias, q90, repeats
 
     def _update(self, row: Row, seconds: float) -> None:
-        scale, p = self._scale, self._p
-        predicted = self._theta[0] + sum(c * x for c, x in zip(self._theta[1:], row, strict=True))
-        weight = 1.0 / max(predicted, 1e-9)
-        x = [scale[0] * weight, *(s * v * weight for s, v in zip(scale[1:], row, strict=True))]
-        px = [sum(p[i][j] * x[j] for j in range(5)) for i in range(5)]
-        denominator = self._forgetting + sum(x[i] * px[i] for i in range(5))
-        gain = [v / denominator for v in px]
+        # Written out: it runs in every iteration, and loops over five numbers cost more than the numbers.
+        theta, scale, p, f = self._theta, self._scale, self._p, self._forgetting
+        x1, x2, x3, x4 = row
+        predicted = theta[0] + (theta[1] * x1 + theta[2] * x2 + theta[3] * x3 + theta[4] * x4)
+        weight = 1.0 / (predicted if predicted > 1e-9 else 1e-9)
+        s0, s1, s2, s3, s4 = scale
+        y0, y1, y2, y3, y4 = s0 * weight, s1 * x1 * weight, s2 * x2 * weight, s3 * x3 * weight, s4 * x4 * weight
+        px = [p0 * y0 + p1 * y1 + p2 * y2 + p3 * y3 + p4 * y4 for p0, p1, p2, p3, p4 in p]
+        px0, px1, px2, px3, px4 = px
+        denominator = f + (y0 * px0 + y1 * px1 + y2 * px2 + y3 * px3 + y4 * px4)
         error = seconds * weight - 1.0
-        for i in range(5):
-            self._theta[i] = max(self._theta[i] + gain[i] * error * scale[i], 0.0)
-            for j in range(5):
-                p[i][j] = (p[i][j] - gain[i] * px[j]) / self._forgetting
-        top = max(p[i][i] for i in range(5))
+        for i, (p0, p1, p2, p3, p4) in enumerate(p):
+            g = px[i] / denominator
+            theta[i] = max(theta[i] + g * error * scale[i], 0.0)
+            p[i] = [(p0 - g * px0) / f, (p1 - g * px1) / f, (p2 - g * px2) / f, (p3 - g * px3) / f, (p4 - g * px4) / f]
+        top = max(p[0][0], p[1][1], p[2][2], p[3][3], p[4][4])
         if top > self._p_max:
             shrink = self._p_max / top
             for i in range(5):
-                for j in range(5):
-                    p[i][j] *= shrink
+                p[i] = [v * shrink for v in p[i]]
 
 
 def _near(a: float, b: float) -> bool:

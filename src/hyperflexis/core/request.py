@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from ..errors import IllegalTransition
 from .slo import Slo
@@ -62,3 +63,15 @@ class Request:
     max_output_tokens: int
     prefix_keys: tuple[int, ...] = ()
     fail_fast: bool = False
+
+
+class QueuedJob(NamedTuple):
+    """A request's prompt in a queue that one server works off. ``due`` (on the caller's clock) and ``work_s`` in
+    seconds. ``price`` is what is compared when something has to go: the work of keeping it, per value. Jobs compare by
+    deadline; among equals the cheaper comes first, so that ties do not depend on arrival."""
+
+    due: float
+    price: float
+    id: str
+    work_s: float
+    value: float

@@ -8,62 +8,101 @@ optimal for equal values, and never worse than the best single one). Dropped req
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from heapq import heappop, heappush
-from typing import NamedTuple
+
+from ..core.request import QueuedJob
 
 ROUNDING_S = 1e-9
 """Sums of work are compared with this tolerance: taking a job out again leaves rounding behind."""
 
 
-class Item(NamedTuple):
-    """One queued job. ``due`` (on the caller's clock) and ``work_s`` in seconds. ``price`` is what is compared when
-    something has to go: the work of keeping it, per value. Items compare by deadline; among equals the cheaper comes
-    first, so that ties do not depend on arrival."""
-
-    due: float
-    price: float
-    id: str
-    work_s: float
-    value: float
-
-
-def on_time_subset(ordered: Sequence[Item], start: float = 0.0, speed: float = 1.0) -> Sequence[Item]:
-    """The kept items, in deadline order, when service begins at ``start`` and does ``speed`` work seconds a second.
+def on_time_subset(ordered: Sequence[QueuedJob], start: float = 0.0, speed: float = 1.0) -> Sequence[QueuedJob]:
+    """The kept jobs, in deadline order, when service begins at ``start`` and does ``speed`` work seconds a second.
 
     ``ordered`` must be sorted. Values must be positive.
     """
+    if _all_fit(ordered, start, speed):
+        return ordered
+    walk = _Walk(start, speed)
+    walk.take(ordered)
+    return walk.kept_of(ordered)[0]
+
+
+def subset_with(
+    ordered: Sequence[QueuedJob], job: QueuedJob, start: float = 0.0, speed: float = 1.0
+) -> tuple[Sequence[QueuedJob], float]:
+    """The on-time subset of ``ordered`` and ``job`` together, and how much more value it has than without ``job``."""
+    place = bisect_left(ordered, job)
+    before, after = ordered[:place], ordered[place:]
+    joined = [*before, job, *after]
+    if _all_fit(joined, start, speed):
+        return joined, job.value
+    without = _Walk(start, speed)
+    without.take(before)
+    with_job = without.fork()
+    with_job.take((job,))
+    with_job.take(after)
+    without.take(after)
+    kept, value = with_job.kept_of(joined)
+    return kept, value - without.kept_of(ordered)[1]
+
+
+def _all_fit(ordered: Sequence[QueuedJob], start: float, speed: float) -> bool:
     work = 0.0
-    for item in ordered:
-        work += item.work_s
-        if work > (item.due - start) * speed + ROUNDING_S:
-            return _moore_hodgson(ordered, start, speed)
-    return ordered
+    for job in ordered:
+        work += job.work_s
+        if work > (job.due - start) * speed + ROUNDING_S:
+            return False
+    return True
 
 
-def _moore_hodgson(ordered: Sequence[Item], start: float, speed: float) -> list[Item]:
-    kept: dict[str, Item] = {}
-    heap: list[tuple[float, str]] = []
-    best_single: Item | None = None
+class _Walk:
+    """Moore and Hodgson's walk, taken in parts: queues that begin alike share the beginning."""
+
+    __slots__ = ("_dropped", "_heap", "_speed", "_start", "_work")
+
+    def __init__(self, start: float, speed: float) -> None:
+        self._start = start
+        self._speed = speed
+        self._work = 0.0
+        self._heap: list[tuple[float, str, float]] = []
+        self._dropped: set[str] = set()
+
+    def fork(self) -> _Walk:
+        """Another walk that has come as far."""
+        other = _Walk(self._start, self._speed)
+        other._work, other._heap, other._dropped = self._work, self._heap.copy(), self._dropped.copy()
+        return other
+
+    def take(self, jobs: Sequence[QueuedJob]) -> None:
+        """The next jobs in deadline order."""
+        start, speed, work, heap = self._start, self._speed, self._work, self._heap
+        for due, price, id, work_s, _ in jobs:
+            heappush(heap, (-price, id, work_s))
+            work += work_s
+            room = (due - start) * speed + ROUNDING_S
+            while work > room and heap:
+                _, dropped, less_s = heappop(heap)
+                work -= less_s
+                self._dropped.add(dropped)
+        self._work = work
+
+    def kept_of(self, ordered: Sequence[QueuedJob]) -> tuple[Sequence[QueuedJob], float]:
+        """Those of ``ordered``, all jobs that were taken, which are kept, and their value."""
+        dropped = self._dropped
+        kept = [job for job in ordered if job.id not in dropped] if dropped else ordered
+        value = _value(kept)
+        best: QueuedJob | None = None
+        for job in ordered if dropped else ():
+            if job.value > value and job.work_s <= (job.due - self._start) * self._speed + ROUNDING_S:
+                best, value = job, job.value
+        return ([best], value) if best is not None else (kept, value)
+
+
+def _value(jobs: Sequence[QueuedJob]) -> float:
     value = 0.0
-    work = 0.0
-    for item in ordered:
-        room = (item.due - start) * speed
-        if item.work_s <= room + ROUNDING_S and (best_single is None or item.value > best_single.value):
-            best_single = item
-        kept[item.id] = item
-        heappush(heap, (-item.price, item.id))
-        work += item.work_s
-        value += item.value
-        while work > room + ROUNDING_S and heap:
-            dropped = kept.pop(heappop(heap)[1])
-            work -= dropped.work_s
-            value -= dropped.value
-    if best_single is not None and value < best_single.value:
-        return [best_single]
-    return list(kept.values())
-
-
-def on_time_value(ordered: Sequence[Item], start: float = 0.0, speed: float = 1.0) -> float:
-    """Summed value of the on-time subset."""
-    return sum(item.value for item in on_time_subset(ordered, start, speed))
+    for job in jobs:
+        value += job.value
+    return value

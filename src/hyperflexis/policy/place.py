@@ -3,26 +3,32 @@
     gain = on-time value of the queue with the request - without it     (order.py, at the speed that decodes leave)
            - 2 x its value if a steady decode iteration would break a pace, or KV cache or batch would overflow
     cost = seconds of the queue it joins: prompts to compute, and ten times what its decodes add to a step
+           - five times the seconds that a prefix in its KV cache saves
 
-Best (gain, -cost) among the least loaded. Bound at arrival and not moved: holding at the gateway and moving later
-both lost in our experiments.
+Best (gain, -cost) among the least loaded and the cheapest that holds a prefix of the prompt. Bound at arrival and not
+moved: holding at the gateway and moving later both lost in our experiments.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from heapq import nsmallest
 
 from ..core.cluster import TrackedInstance, TrackedRequest
+from ..core.request import QueuedJob, Request
 from .budget import CAP_S, PACE_MARGIN
-from .order import Item, on_time_subset, on_time_value
+from .order import subset_with
 
 MAX_CANDIDATES = 8
 """How many of the least loaded are looked at closely."""
 DECODE_WEIGHT = 10.0
 """Seconds of load per second that an instance's decodes add to each of its steps."""
+SAVING_WEIGHT = 5.0
+"""Seconds of load that a second of prompt work saved is worth: what is not computed again is not held twice either, and
+leaves time and KV cache to the requests that follow. In simulation 0 / 1 / 3 / 5 / 10 give 91.4 / 97.4 / 97.7 / 98.3 /
+98.6% on time (coding agents, load 1.5)."""
 MIN_SHARE = 0.35
 """Share of an instance's time that prompts get in the end even where decodes leave less now: those ahead of their pace
 lend theirs, and the batch drains. In simulation 0.05 / 0.35 / 0.5 / 0.7 give 89.5 / 90.5 / 89.9 / 88.7% on time."""
@@ -33,7 +39,7 @@ MAX_RANKED = 128
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Where a request goes and what is expected of it; ``predicted_*`` are seconds after its arrival. ``on_time``: its
-    first token and its pace are expected to hold."""
+    first token and its pace are expected to hold. ``saved_s``: prompt work that a prefix in the KV cache saves."""
 
     instance: str
     candidates: int
@@ -42,6 +48,7 @@ class Placement:
     predicted_ttft_s: float
     predicted_e2e_s: float
     on_time: bool
+    saved_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +69,11 @@ def load_s(instance: TrackedInstance) -> float:
     return instance.prefill_s + DECODE_WEIGHT * decode_s
 
 
+def saved_s(instance: TrackedInstance, request: Request) -> float:
+    """Seconds of prompt work that a prefix in the instance's KV cache saves."""
+    return instance.latency.prefill_s(instance.prefix_hit_tokens(request))
+
+
 def prefill_share(instance: TrackedInstance) -> float:
     """Share of the instance's time that prompts get: what decodes at their tightest pace leave."""
     step_s = min(CAP_S, instance.min_pace_s)
@@ -69,71 +81,80 @@ def prefill_share(instance: TrackedInstance) -> float:
     return max(1.0 - decode_s / step_s, MIN_SHARE) if step_s > 0.0 else MIN_SHARE
 
 
-def queue_of(instance: TrackedInstance, now: float) -> list[Item]:
+def queue_of(instance: TrackedInstance, now: float) -> list[QueuedJob]:
     """The requests whose prompts wait or run on the instance and whose first token is not overdue, by deadline."""
-    items = instance.memo
-    if not isinstance(items, list):
-        items = instance.memo = sorted(
-            item_of(tracked, tracked.work_s) for tracked in instance.requests.values() if tracked.remaining_prefill
-        )
-    first = bisect_left(items, (now,))
-    return items[first : first + MAX_RANKED]
-
-
-def item_of(tracked: TrackedRequest, work_s: float) -> Item:
-    """A request as a job of the on-time subset."""
-    request = tracked.request
-    return Item(tracked.first_due, work_s / request.value, request.id, work_s, request.value)
+    jobs = instance.prompts
+    first = bisect_left(jobs, (now,))
+    return jobs[first : first + MAX_RANKED]
 
 
 def place(
     now: float, tracked: TrackedRequest, ready: Sequence[TrackedInstance], memory: PlaceMemory
 ) -> tuple[Placement, PlaceMemory]:
     """HyperFlexis' placement; see the module's rules."""
-    candidates = nsmallest(MAX_CANDIDATES, ready, key=load_s) if len(ready) > 1 else ready
     best: Placement | None = None
-    for instance in candidates:
+    for instance in _candidates(tracked.request, ready):
         placement = _evaluate(now, tracked, instance, len(ready))
-        if best is None or (placement.gain, -placement.load_s) > (best.gain, -best.load_s):
+        if best is None or _merit(placement) > _merit(best):
             best = placement
     assert best is not None
     return best, memory
 
 
+def _candidates(request: Request, ready: Sequence[TrackedInstance]) -> Sequence[TrackedInstance]:
+    """The least loaded, and of those that hold a prefix of the prompt the cheapest."""
+    if len(ready) == 1:
+        return ready
+    candidates = nsmallest(MAX_CANDIDATES, ready, key=load_s)
+    if len(ready) > MAX_CANDIDATES and request.prefix_keys:
+        first = request.prefix_keys[0]
+        holders = [instance for instance in ready if first in instance.prefixes.recent]
+        if holders:
+            candidates.append(min(holders, key=lambda one: load_s(one) - SAVING_WEIGHT * saved_s(one, request)))
+    return candidates
+
+
+def _merit(placement: Placement) -> tuple[float, float]:
+    return placement.gain, SAVING_WEIGHT * placement.saved_s - placement.load_s
+
+
 def _evaluate(now: float, tracked: TrackedRequest, instance: TrackedInstance, candidates: int) -> Placement:
     request, latency = tracked.request, instance.latency
-    work_s = latency.prefill_s(request.num_prompt_tokens)
+    hit = instance.prefix_hit_tokens(request)
+    work_s = latency.prefill_s(request.num_prompt_tokens - hit, hit)
     share = prefill_share(instance)
-    mine = item_of(tracked, work_s)
+    mine = tracked.queued_job(work_s)
     queue = queue_of(instance, now)
     start = now + latency.c0
     # Late requests are served last, so only those that can be kept stand in front of one that can.
-    joined = queue.copy()
-    insort(joined, mine)
-    kept = on_time_subset(joined, start, share)
+    kept, gain = subset_with(queue, mine, start, share)
     starts_on_time = mine in kept
-    gain = sum(item.value for item in kept) - on_time_value(queue, start, share)
-    ahead = kept if starts_on_time else queue
-    before_s = sum(item.work_s for item in ahead if item.due <= mine.due and item is not mine)
+    before_s = 0.0
+    for job in kept if starts_on_time else queue:
+        if job.due > mine.due:
+            break
+        if job is not mine:
+            before_s += job.work_s
     ttft_s = now - tracked.arrived_at + latency.c0 + (before_s + work_s) / share
     context = tracked.expected_context()
     step_s = latency.decode_s(instance.num_decodes + 1, instance.decode_kv_tokens + context)
     pace_s = min(instance.min_pace_s, tracked.pace_s)
     if (
         step_s > PACE_MARGIN * pace_s
-        or instance.kv_tokens + context > instance.info.kv_capacity_tokens
+        or instance.kv_tokens_with(tracked) > instance.info.kv_capacity_tokens
         or instance.num_requests >= instance.info.max_batch
     ):
         gain -= 2.0 * request.value
     e2e_s = ttft_s + max(tracked.expected_output_tokens - 1.0, 0.0) * step_s
     on_time = starts_on_time and step_s <= tracked.pace_s
-    return Placement(instance.id, candidates, gain, load_s(instance), ttft_s, e2e_s, on_time)
+    saved = latency.prefill_s(hit)
+    return Placement(instance.id, candidates, gain, load_s(instance), ttft_s, e2e_s, on_time, saved)
 
 
 def predict_first_come(now: float, tracked: TrackedRequest, instance: TrackedInstance, candidates: int) -> Placement:
     """What to expect on an instance that serves in arrival order: the baselines' prediction."""
     latency = instance.latency
-    work_s = latency.prefill_s(tracked.request.num_prompt_tokens)
+    work_s = instance.prompt_s(tracked.request)
     context = tracked.expected_context()
     step_s = latency.decode_s(instance.num_decodes + 1, instance.decode_kv_tokens + context)
     ttft_s = now - tracked.arrived_at + latency.c0 + instance.prefill_s + work_s

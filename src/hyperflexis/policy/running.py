@@ -43,12 +43,13 @@ LOOK_EVERY = 16
 
 class Running(Generic[D]):
     """See the module. ``ticks`` counts iterations, ``last_at`` is when the last one ended, ``kv_tokens`` the context
-    tokens of all requests here."""
+    tokens of all requests here, ``num_missed`` those whose first token was late."""
 
     def __init__(self) -> None:
         self.ticks = 0
         self.last_at = 0.0
         self.kv_tokens = 0
+        self.num_missed = 0
         self._jobs: dict[str, D] = {}
         self._by_pace: dict[float, list[tuple[float, int, D]]] = {}
         self._place: dict[str, tuple[float, tuple[float, int, D]]] = {}
@@ -102,6 +103,7 @@ class Running(Generic[D]):
         self.kv_tokens += job.computed
         self._values[job.value] = self._values.get(job.value, 0) + 1
         if job.missed_first:
+            self.num_missed += 1
             return
         if job.last_due < inf:
             self._changing[job.id] = job
@@ -119,6 +121,7 @@ class Running(Generic[D]):
         if job is None:
             return None
         self.kv_tokens -= computed
+        self.num_missed -= job.missed_first
         left = self._values[job.value] - 1
         if left:
             self._values[job.value] = left

@@ -33,6 +33,7 @@ from ..core.effects import Dispatch, Effect, Reject
 from ..core.events import Event, InstanceJoined, InstanceLeft, InstanceReported, RequestArrived, RequestFinished
 from ..core.instance import InstanceInfo, InstanceReport
 from ..core.latency import OnlineFit
+from ..core.lengths import LengthModel
 from ..core.profile import Profile
 from ..core.record import Record, RecordOutcome, Run
 from ..core.request import Request
@@ -192,6 +193,8 @@ class _Simulation:
         models = tuple(dict.fromkeys(arrival.model or MODEL for arrival in arrivals)) or (MODEL,)
         self._models = models
         self._controller = Controller(ControllerConfig(models, config.policy))
+        if config.known_lengths:
+            self._controller.cluster.lengths = _KnownLengths()
         self._noise = [Random(f"{config.seed}:noise:{n}") for n in range(config.instances)]
         # Factors that were drawn for iterations that a leap then did not take: the next ones get them.
         self._drawn: list[list[float]] = [[] for _ in range(config.instances)]
@@ -596,6 +599,14 @@ class _Simulation:
     def _push(self, at: float, phase: int, what: object) -> None:
         self._sequence += 1
         heappush(self._heap, (at, phase, self._sequence, what))
+
+
+class _KnownLengths(LengthModel):
+    """What a scheduler expects that is told lengths: clients then ask for exactly the tokens that they get."""
+
+    def predict(self, request: Request) -> float:
+        """See LengthModel."""
+        return float(request.max_output_tokens)
 
 
 def _length(seq: BatcherSequence) -> int:

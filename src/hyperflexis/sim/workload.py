@@ -255,6 +255,8 @@ def block_keys(arrival: Arrival, block_size: int) -> list[bytes]:
     """
     if HASH_BLOCK_TOKENS % block_size:
         raise ValueError(f"block_size {block_size} must divide {HASH_BLOCK_TOKENS}")
+    if not arrival.hash_ids:
+        return []
     named = len(arrival.hash_ids) * HASH_BLOCK_TOKENS
     tokens = arrival.num_prompt_tokens
     if named >= tokens + HASH_BLOCK_TOKENS:

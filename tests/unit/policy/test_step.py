@@ -73,12 +73,21 @@ def test_late_requests_come_last_started_first():
     assert _ids(plan) == ["ok", "ls", "ln"]
 
 
+def test_a_long_queue_of_late_requests_does_not_hide_a_newcomer():
+    late = [Request(f"l{i}", 100, next_due=-1.0, late=True) for i in range(3 * step.MAX_RANKED)]
+    plan = step.plan(0.0, [*late, Request("ok", 200, next_due=1.0)], _running(), MODEL, LIMITS)
+    assert _ids(plan)[:2] == ["ok", "l0"]
+
+
 def test_a_starving_request_gets_a_share_although_others_are_kept():
-    old = Request("old", 50_000, next_due=-50.0, arrived_at=-100.0)
+    old = Request("old", 50_000, next_due=-150.0, arrived_at=-200.0)
     fresh = [Request(f"f{i}", 1000, next_due=1.0) for i in range(5)]
     plan = step.plan(0.0, [old, *fresh], _running(), MODEL, LIMITS)
     tokens = dict((job.id, n) for job, n in plan.prefills)
     assert 0 < tokens["old"] < tokens["f0"]
+    lost = Request("lost", missed_first=True, computed=10, next_due=-1.0, pace_s=0.05)
+    one_at_a_time = step.plan(0.0, [old, *fresh], _running(lost), MODEL, LIMITS)
+    assert "old" not in _ids(one_at_a_time), "another late request decodes already"
 
 
 def test_progress_is_made_even_where_nothing_is_feasible():

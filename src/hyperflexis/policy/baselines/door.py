@@ -62,8 +62,9 @@ def _join(
     now: float, tracked: TrackedRequest, instance: TrackedInstance, stretch: float, margin: float
 ) -> tuple[float, int, bool]:
     """Seconds until the prompt is computed in deadline order, prompt tokens of all, and whether none becomes late."""
-    tokens = tracked.request.num_prompt_tokens
-    work_s = stretch * instance.latency.prefill_s(tokens)
+    hit = instance.prefix_hit_tokens(tracked.request)
+    tokens = tracked.request.num_prompt_tokens - hit
+    work_s = stretch * instance.latency.prefill_s(tokens, hit)
     wait_s, after_s = work_s, 0.0
     harmless = True
     for other in sorted(instance.requests.values(), key=_FIRST_DUE):

@@ -8,8 +8,8 @@ from dataclasses import replace
 from ...core.cluster import TrackedInstance, TrackedRequest
 from ..place import PlaceMemory, Placement, predict_first_come
 
-QUEUE_WEIGHT, KV_WEIGHT = 2.0, 2.0
-"""llm-d's default weights of ``queue-scorer`` and ``kv-cache-utilization-scorer``."""
+QUEUE_WEIGHT, KV_WEIGHT, PREFIX_WEIGHT = 2.0, 2.0, 3.0
+"""llm-d's default weights of ``queue-scorer``, ``kv-cache-utilization-scorer`` and ``prefix-cache-scorer``."""
 
 
 def round_robin(
@@ -52,7 +52,7 @@ def kv_aware(
 
     Queue: requests without a first token, 1 for the shortest and 0 for the longest queue of all. KV: the free share of
     the cache. llm-d scrapes both from the engines; here they are the controller's own counts, which are never stale.
-    Its third score, the share of the prompt that the cache holds, is left out: the controller does not know it.
+    Prefix: the share of the prompt that the cache is expected to hold, estimated there as here from what was sent.
     """
     queues = [instance.num_requests - instance.num_decodes for instance in ready]
     longest, spread = max(queues), max(max(queues) - min(queues), 1)
@@ -60,7 +60,8 @@ def kv_aware(
     def score(index: int) -> float:
         instance = ready[index]
         kv_free = 1.0 - min(instance.kv_tokens / instance.info.kv_capacity_tokens, 1.0)
-        return QUEUE_WEIGHT * (longest - queues[index]) / spread + KV_WEIGHT * kv_free
+        held = instance.prefix_hit_tokens(tracked.request) / tracked.request.num_prompt_tokens
+        return QUEUE_WEIGHT * (longest - queues[index]) / spread + KV_WEIGHT * kv_free + PREFIX_WEIGHT * held
 
     instance = ready[max(range(len(ready)), key=score)]
     return predict_first_come(now, tracked, instance, len(ready)), memory

@@ -1,0 +1,90 @@
+"""Writing results: raw JSON, and the generated sections of docs/experiments.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..common import environment
+from .measure import Row, Task
+from .plan import Plan
+from .tables import replaced
+
+SECTIONS = ("setting", "tuning", "e1", "e2", "e3", "e4", "e5", "e6", "e7")
+UNMEASURED = "*Not measured in this run.*"
+DIGITS = 6
+"""Significant digits of raw results."""
+_UNSHARED = ("requests", "cpu_s", "e2e_s", "on_time")
+"""Of a run: what depends on the machine, and what is too long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Folders: ``docs`` gets the page and its picture, ``results`` the JSON."""
+
+    docs: Path
+    results: Path
+
+
+def write_results(path: Path, plan: Plan, sources: str, found: Any, runs: Mapping[Task, Row]) -> None:
+    """``found`` and ``runs`` behind it, with what made them; a line for each element of a list."""
+    made = environment(plan.seeds[0])
+    del made["seed"]
+    result = msgspec.to_builtins(found)
+    document = {
+        "made_with": made | {"sources": sources},
+        "seeds": list(plan.seeds),
+        "tuning_seeds": list(plan.tuning_seeds),
+        **(result if isinstance(result, dict) else {"lines": result}),
+        "runs": [_settings(task) | _figures(row) for task, row in runs.items()],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f"{json.dumps(key)}: {_text(value)}" for key, value in document.items()]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _settings(task: Task) -> dict[str, Any]:
+    """Without those that are as usual."""
+    usual = {field.name: field.default for field in fields(Task)}
+    return {key: value for key, value in asdict(task).items() if key not in _UNSHARED and value != usual[key]}
+
+
+def _figures(row: Row) -> dict[str, Any]:
+    return {key: value for key, value in asdict(row).items() if key not in _UNSHARED}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n" + ",\n".join(_compact(element) for element in value) + "\n]"
+    return _compact(value)
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(_rounded(value), separators=(",", ":"), ensure_ascii=False)
+
+
+def _rounded(value: Any) -> Any:
+    match value:
+        case float():
+            return float(f"{value:.{DIGITS}g}")
+        case dict():
+            return {key: _rounded(one) for key, one in value.items()}
+        case list() | tuple():
+            return [_rounded(one) for one in value]
+        case _:
+            return value
+
+
+def write_page(template: Path, places: Places, sections: Mapping[str, str], fresh: bool) -> None:
+    """The page with these sections. The others keep what the template says, unless the page is ``fresh``: then it holds
+    what this run gave and nothing else."""
+    kept = dict.fromkeys(SECTIONS, UNMEASURED) if fresh else {}
+    commit = environment(0)["commit"]
+    signed = {name: f"{content}\n\n*Measured at commit `{commit}`.*" for name, content in sections.items()}
+    places.docs.mkdir(parents=True, exist_ok=True)
+    (places.docs / template.name).write_text(replaced(template.read_text(), kept | signed))
