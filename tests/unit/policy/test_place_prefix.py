@@ -101,7 +101,7 @@ def test_a_holder_is_looked_at_beside_the_least_loaded_of_a_large_fleet() -> Non
 
 
 def test_requests_that_share_a_prefix_take_its_room_once() -> None:
-    target = instance("i0", kv_tokens=6000)
+    target = instance("i0", kv_tokens=5000)
     for n in range(3):
         target.bind(request(f"r{n}", shared="a"))
     assert target.kv_tokens == 3 * (2560 + 5) - 2 * 2560
