@@ -24,6 +24,7 @@ from .core.latency import Coefficients, OnlineFit
 from .kv_blocks import BlockKey, KvBlocks, block_keys
 from .policy.running import Running
 from .policy.step import StepLimits, StepPolicy
+from .policy.waiting import Waiting
 
 PROGRESS_EVERY = 16
 """Decodes are reported once in this many tokens: in between, the controller extrapolates."""
@@ -84,7 +85,6 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     first_token_at: float | None = None
     missed_first: bool = False
-    late: bool = False
     started: bool = False
     finished: bool = False
     published: int = 0
@@ -240,7 +240,7 @@ class Batcher:
         self.kv = KvBlocks(config.num_blocks, config.block_size)
         self._step = step
         self._victim = victim
-        self._waiting: dict[str, Sequence] = {}
+        self._waiting: Waiting[Sequence] = Waiting()
         self._running: Running[Sequence] = Running()
         self._decodes: tuple[Sequence, ...] | None = ()
         self._needs_block: dict[int, list[Sequence]] = {}
@@ -289,7 +289,7 @@ class Batcher:
         if self.config.prefix_reuse and seq.token_ids is not None and not seq.keys:
             seq.keys = block_keys(seq.token_ids, self.config.block_size, seq.salt)
         seq._computed = self._reusable(seq)
-        self._waiting[seq.id] = seq
+        self._waiting.add(seq)
 
     def cancel(self, request_id: str) -> Sequence | None:
         """Remove a request; returns it, or None when it is not here (any more)."""
@@ -300,7 +300,7 @@ class Batcher:
 
     def sequences(self) -> list[Sequence]:
         """All requests here, waiting ones first."""
-        return [*self._waiting.values(), *self._running]
+        return [*self._waiting, *self._running]
 
     def plan(self, now: float) -> Batch | None:
         """The next iteration, or None when there is nothing to run."""
@@ -314,9 +314,9 @@ class Batcher:
             config.kv_capacity_tokens,
             self.kv.available * config.block_size,
         )
-        step = self._step(now, self._waiting.values(), running, latency, limits)
+        step = self._step(now, self._waiting, running, latency, limits)
         for seq in step.late:
-            seq.late = True
+            self._waiting.give_up(seq)
         if step.decode:
             self._grow_decodes(now)
         decodes = self._all_decodes() if step.decode else ()
@@ -464,7 +464,7 @@ class Batcher:
 
     def _run(self, seq: Sequence) -> None:
         """A waiting request becomes a running one."""
-        self._waiting.pop(seq.id, None)
+        self._waiting.pop(seq.id)
         seq._join(self._running)
         self._running.add(seq)
         self._decodes = None
@@ -472,7 +472,7 @@ class Batcher:
 
     def _end(self, seq: Sequence) -> None:
         seq.finished = True
-        self._waiting.pop(seq.id, None)
+        self._waiting.pop(seq.id)
         self._stop_running(seq)
         self._moved.pop(seq.id, None)
         self._publish(seq)
@@ -504,6 +504,7 @@ class Batcher:
         seq.published = len(seq.blocks)
         seq._computed = len(seq.blocks) * size
         seq.started = True
+        self._waiting.start(seq)
 
     def _give_back(self, seq: Sequence) -> None:
         """The opposite of ``_start``: hold nothing."""
@@ -524,6 +525,7 @@ class Batcher:
         if tokens <= 0:
             if new:  # it would hold its prefix and not move
                 self._give_back(seq)
+                self._waiting.stop(seq)
             return 0
         need = -(-(seq._computed + tokens) // size) - len(seq.blocks)
         if need > 0:
@@ -558,22 +560,23 @@ class Batcher:
         tick = self._running.ticks
         for seq in self._needs_block.pop(tick, ()):
             while seq._needs_block_at(tick) and not self._take_block(seq, tick):
-                holders = [*self._running, *(w for w in self._waiting.values() if w.started)]
+                holders = [*self._running, *self._waiting.started.values()]
                 self._preempt(self._victim(now, holders))
 
     def _preempt(self, seq: Sequence) -> None:
         self.counters.preemptions += 1
         self._stop_running(seq)
         self._publish(seq)
+        self._waiting.pop(seq.id)
         self._give_back(seq)
-        self._waiting[seq.id] = seq
+        self._waiting.add(seq)
 
     def _plan_one(self, now: float) -> Batch | None:
         """Nothing that the policy chose fits, since all decodes were preempted or half-computed prompts share the
         whole cache: one request goes on alone, those that hold KV first, and preempts others until it can."""
         while True:
-            held = [seq for seq in self._waiting.values() if seq.started]
-            for seq in sorted(held or self._waiting.values(), key=lambda seq: seq.arrived_at):
+            held = sorted(self._waiting.started.values(), key=lambda seq: seq.arrived_at)
+            for seq in held or list(self._waiting):
                 n = self._grow_for_prefill(seq, self.config.max_batch_tokens)
                 if n:
                     start = seq._computed

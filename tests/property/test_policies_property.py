@@ -20,6 +20,7 @@ from hyperflexis.policy.catalog import POLICIES, STEPS, find_policy
 from hyperflexis.policy.place import PlaceMemory
 from hyperflexis.policy.running import Running
 from hyperflexis.policy.step import StepLimits
+from hyperflexis.policy.waiting import Waiting
 
 SEEDS = st.integers(0, 1 << 32)
 FAST = Coefficients(0.01, 1e-4, 1e-8, 5e-4, 1e-7)
@@ -38,7 +39,6 @@ class Job:
     last_due: float
     value: float
     started: bool
-    late: bool
     missed_first: bool
     expected_remaining: float
     memo: object = None
@@ -55,7 +55,6 @@ def draw_job(random: Random, id: str, waits: bool) -> Job:
         last_due=random.choice((inf, inf, random.uniform(-5.0, 50.0))),
         value=random.choice((0.5, 1.0, 4.0)),
         started=waits and random.random() < 0.2,
-        late=waits and random.random() < 0.2,
         missed_first=random.random() < 0.1,
         expected_remaining=random.uniform(1.0, 500.0),
     )
@@ -69,7 +68,9 @@ def test_a_step_keeps_the_limits_and_always_makes_progress(step: str, seed: int)
     running: Running[Job] = Running()
     for k in range(random.choice((0, 0, random.randint(1, 40)))):
         running.add(draw_job(random, f"d{k}", waits=False))
-    waiting = [draw_job(random, f"w{k}", waits=True) for k in range(random.choice((0, 1, random.randint(2, 60))))]
+    waiting: Waiting[Job] = Waiting()
+    for k in range(random.choice((0, 1, random.randint(2, 60)))):
+        waiting.add(draw_job(random, f"w{k}", waits=True))
     holding = len(running) + sum(job.started for job in waiting)
     capacity = random.randint(20_000, 500_000)
     limits = StepLimits(
@@ -79,7 +80,13 @@ def test_a_step_keeps_the_limits_and_always_makes_progress(step: str, seed: int)
         kv_capacity_tokens=capacity,
         kv_free_tokens=random.choice((0, random.randint(0, capacity))),
     )
-    plan = STEPS[step].plan(0.0, waiting, running, random.choice((FAST, SLOW, CURVED)), limits)
+    latency = random.choice((FAST, SLOW, CURVED))
+    plan = STEPS[step].plan(0.0, waiting, running, latency, limits)
+    if random.random() < 0.5:
+        for job in plan.late:
+            waiting.give_up(job)
+        plan = STEPS[step].plan(0.0, waiting, running, latency, limits)
+        assert not plan.late, "given up already"
 
     if not waiting:
         assert plan.decode and not plan.prefills, "with nothing waiting all decode"
@@ -87,7 +94,7 @@ def test_a_step_keeps_the_limits_and_always_makes_progress(step: str, seed: int)
     assert plan.decode or plan.prefills, "an iteration without a token"
     chosen = [job for job, _ in plan.prefills]
     assert len({job.id for job in chosen}) == len(chosen), "a request twice"
-    assert all(job in waiting for job in chosen)
+    assert all(job.id in waiting for job in chosen)
     assert all(1 <= n <= job.remaining_prefill for job, n in plan.prefills)
     tokens = sum(n for _, n in plan.prefills) + (len(running) if plan.decode else 0)
     assert tokens <= limits.max_batch_tokens or not chosen

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush, heappushpop
 
 from ..core.request import QueuedJob
 
@@ -43,10 +43,14 @@ def subset_with(
     without.take(before)
     with_job = without.fork()
     with_job.take((job,))
-    with_job.take(after)
+    is_alone = with_job.num_dropped == without.num_dropped + 1 and with_job.drops(job)
     without.take(after)
+    kept_without, value_without = without.kept_of(ordered)
+    if is_alone and job.value <= value_without:
+        return kept_without, 0.0  # both walks are the same from here on
+    with_job.take(after)
     kept, value = with_job.kept_of(joined)
-    return kept, value - without.kept_of(ordered)[1]
+    return kept, value - value_without
 
 
 def _all_fit(ordered: Sequence[QueuedJob], start: float, speed: float) -> bool:
@@ -61,28 +65,57 @@ def _all_fit(ordered: Sequence[QueuedJob], start: float, speed: float) -> bool:
 class _Walk:
     """Moore and Hodgson's walk, taken in parts: queues that begin alike share the beginning."""
 
-    __slots__ = ("_dropped", "_heap", "_speed", "_start", "_work")
+    __slots__ = ("_dropped", "_fitting", "_heap", "_speed", "_start", "_work")
 
     def __init__(self, start: float, speed: float) -> None:
         self._start = start
         self._speed = speed
         self._work = 0.0
+        # The heap is made of the jobs so far when the first of them must go: many queues never come to that.
+        self._fitting: list[QueuedJob] = []
         self._heap: list[tuple[float, str, float]] = []
         self._dropped: set[str] = set()
+
+    @property
+    def num_dropped(self) -> int:
+        """Jobs dropped so far."""
+        return len(self._dropped)
+
+    def drops(self, job: QueuedJob) -> bool:
+        """True when ``job`` has been dropped."""
+        return job.id in self._dropped
 
     def fork(self) -> _Walk:
         """Another walk that has come as far."""
         other = _Walk(self._start, self._speed)
-        other._work, other._heap, other._dropped = self._work, self._heap.copy(), self._dropped.copy()
+        other._work, other._fitting, other._heap = self._work, self._fitting.copy(), self._heap.copy()
+        other._dropped = self._dropped.copy()
         return other
 
     def take(self, jobs: Sequence[QueuedJob]) -> None:
         """The next jobs in deadline order."""
         start, speed, work, heap = self._start, self._speed, self._work, self._heap
-        for due, price, id, work_s, _ in jobs:
-            heappush(heap, (-price, id, work_s))
+        taken = 0
+        if not self._dropped:
+            for job in jobs:
+                more = work + job[3]
+                if more > (job[0] - start) * speed + ROUNDING_S:
+                    break
+                work = more
+                taken += 1
+            self._fitting += jobs[:taken]
+            if taken < len(jobs):
+                heap += [(-price, id, work_s) for _, price, id, work_s, _ in self._fitting]
+                heapify(heap)
+        for due, price, id, work_s, _ in jobs[taken:]:
             work += work_s
             room = (due - start) * speed + ROUNDING_S
+            if work <= room:
+                heappush(heap, (-price, id, work_s))
+                continue
+            _, dropped, less_s = heappushpop(heap, (-price, id, work_s))
+            work -= less_s
+            self._dropped.add(dropped)
             while work > room and heap:
                 _, dropped, less_s = heappop(heap)
                 work -= less_s

@@ -15,6 +15,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from heapq import nsmallest
+from operator import attrgetter
 
 from ..core.cluster import TrackedInstance, TrackedRequest
 from ..core.request import QueuedJob, Request
@@ -32,8 +33,8 @@ leaves time and KV cache to the requests that follow. In simulation 0 / 1 / 3 / 
 MIN_SHARE = 0.35
 """Share of an instance's time that prompts get in the end even where decodes leave less now: those ahead of their pace
 lend theirs, and the batch drains. In simulation 0.05 / 0.35 / 0.5 / 0.7 give 89.5 / 90.5 / 89.9 / 88.7% on time."""
-MAX_RANKED = 128
-"""Queued requests ranked per candidate; beyond that a queue is too long for order to be decided here."""
+MAX_RANKED = 64
+"""Queued requests ranked per candidate, those due first. In simulation 64 and 128 give the same, 32 0.2% less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +70,6 @@ def load_s(instance: TrackedInstance) -> float:
     return instance.prefill_s + DECODE_WEIGHT * decode_s
 
 
-def saved_s(instance: TrackedInstance, request: Request) -> float:
-    """Seconds of prompt work that a prefix in the instance's KV cache saves."""
-    return instance.latency.prefill_s(instance.prefix_hit_tokens(request))
-
-
 def prefill_share(instance: TrackedInstance) -> float:
     """Share of the instance's time that prompts get: what decodes at their tightest pace leave."""
     step_s = min(CAP_S, instance.min_pace_s)
@@ -92,35 +88,53 @@ def place(
     now: float, tracked: TrackedRequest, ready: Sequence[TrackedInstance], memory: PlaceMemory
 ) -> tuple[Placement, PlaceMemory]:
     """HyperFlexis' placement; see the module's rules."""
+    request = tracked.request
+    offers = [_Offer(instance, request) for instance in _candidates(request, ready)]
+    offers.sort(key=_COST)
     best: Placement | None = None
-    for instance in _candidates(tracked.request, ready):
-        placement = _evaluate(now, tracked, instance, len(ready))
-        if best is None or _merit(placement) > _merit(best):
+    for offer in offers:
+        placement = _evaluate(now, tracked, offer, len(ready))
+        if best is None or placement.gain > best.gain:
             best = placement
+        if best.gain >= request.value:
+            break  # no other can gain more, and this one is the cheapest
     assert best is not None
     return best, memory
 
 
+class _Offer:
+    """An instance that may get a request: the tokens and seconds of the prompt that are in its KV cache, its load and
+    what the request would cost there."""
+
+    __slots__ = ("cost_s", "hit", "instance", "load_s", "saved_s")
+
+    def __init__(self, instance: TrackedInstance, request: Request) -> None:
+        self.instance = instance
+        self.load_s = load_s(instance)
+        self.hit = instance.prefix_hit_tokens(request)
+        self.saved_s = instance.latency.prefill_s(self.hit)
+        self.cost_s = self.load_s - SAVING_WEIGHT * self.saved_s
+
+
+_COST = attrgetter("cost_s")
+
+
 def _candidates(request: Request, ready: Sequence[TrackedInstance]) -> Sequence[TrackedInstance]:
     """The least loaded, and of those that hold a prefix of the prompt the cheapest."""
-    if len(ready) == 1:
+    if len(ready) <= MAX_CANDIDATES:
         return ready
     candidates = nsmallest(MAX_CANDIDATES, ready, key=load_s)
-    if len(ready) > MAX_CANDIDATES and request.prefix_keys:
+    if request.prefix_keys:
         first = request.prefix_keys[0]
         holders = [instance for instance in ready if first in instance.prefixes.recent]
         if holders:
-            candidates.append(min(holders, key=lambda one: load_s(one) - SAVING_WEIGHT * saved_s(one, request)))
+            candidates.append(min((_Offer(holder, request) for holder in holders), key=_COST).instance)
     return candidates
 
 
-def _merit(placement: Placement) -> tuple[float, float]:
-    return placement.gain, SAVING_WEIGHT * placement.saved_s - placement.load_s
-
-
-def _evaluate(now: float, tracked: TrackedRequest, instance: TrackedInstance, candidates: int) -> Placement:
-    request, latency = tracked.request, instance.latency
-    hit = instance.prefix_hit_tokens(request)
+def _evaluate(now: float, tracked: TrackedRequest, offer: _Offer, candidates: int) -> Placement:
+    request, instance, hit = tracked.request, offer.instance, offer.hit
+    latency = instance.latency
     work_s = latency.prefill_s(request.num_prompt_tokens - hit, hit)
     share = prefill_share(instance)
     mine = tracked.queued_job(work_s)
@@ -128,7 +142,8 @@ def _evaluate(now: float, tracked: TrackedRequest, instance: TrackedInstance, ca
     start = now + latency.c0
     # Late requests are served last, so only those that can be kept stand in front of one that can.
     kept, gain = subset_with(queue, mine, start, share)
-    starts_on_time = mine in kept
+    at = bisect_left(kept, mine)
+    starts_on_time = at < len(kept) and kept[at] == mine
     before_s = 0.0
     for job in kept if starts_on_time else queue:
         if job.due > mine.due:
@@ -147,8 +162,7 @@ def _evaluate(now: float, tracked: TrackedRequest, instance: TrackedInstance, ca
         gain -= 2.0 * request.value
     e2e_s = ttft_s + max(tracked.expected_output_tokens - 1.0, 0.0) * step_s
     on_time = starts_on_time and step_s <= tracked.pace_s
-    saved = latency.prefill_s(hit)
-    return Placement(instance.id, candidates, gain, load_s(instance), ttft_s, e2e_s, on_time, saved)
+    return Placement(instance.id, candidates, gain, offer.load_s, ttft_s, e2e_s, on_time, offer.saved_s)
 
 
 def predict_first_come(now: float, tracked: TrackedRequest, instance: TrackedInstance, candidates: int) -> Placement:

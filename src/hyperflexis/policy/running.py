@@ -41,6 +41,30 @@ LOOK_EVERY = 16
 """Paces that change are compared once in this many ticks: they change by little in a token."""
 
 
+class Highest:
+    """The largest of some numbers that come and go."""
+
+    __slots__ = ("_counts",)
+
+    def __init__(self) -> None:
+        self._counts: dict[float, int] = {}
+
+    @property
+    def top(self) -> float:
+        """0 when there is none."""
+        return max(self._counts, default=0.0)
+
+    def add(self, number: float) -> None:
+        """One more."""
+        self._counts[number] = self._counts.get(number, 0) + 1
+
+    def remove(self, number: float) -> None:
+        """One less; it must be there."""
+        self._counts[number] -= 1
+        if not self._counts[number]:
+            del self._counts[number]
+
+
 class Running(Generic[D]):
     """See the module. ``ticks`` counts iterations, ``last_at`` is when the last one ended, ``kv_tokens`` the context
     tokens of all requests here, ``num_missed`` those whose first token was late."""
@@ -56,7 +80,7 @@ class Running(Generic[D]):
         self._changing: dict[str, D] = {}
         self._shortest: D | None = None
         self._look_at = 0
-        self._values: dict[float, int] = {}
+        self._values = Highest()
         self._joined = 0
 
     def __len__(self) -> int:
@@ -75,7 +99,7 @@ class Running(Generic[D]):
     @property
     def top_value(self) -> float:
         """The largest value of a request here; 0 when there is none."""
-        return max(self._values, default=0.0)
+        return self._values.top
 
     def tightest(self, now: float, step_s: float) -> Iterator[D]:
         """Of each pace the request with the least slack that iterations of ``step_s`` seconds can still save, and of
@@ -101,7 +125,7 @@ class Running(Generic[D]):
         """A request that got a token at ``last_at`` and goes on."""
         self._jobs[job.id] = job
         self.kv_tokens += job.computed
-        self._values[job.value] = self._values.get(job.value, 0) + 1
+        self._values.add(job.value)
         if job.missed_first:
             self.num_missed += 1
             return
@@ -122,11 +146,7 @@ class Running(Generic[D]):
             return None
         self.kv_tokens -= computed
         self.num_missed -= job.missed_first
-        left = self._values[job.value] - 1
-        if left:
-            self._values[job.value] = left
-        else:
-            del self._values[job.value]
+        self._values.remove(job.value)
         if self._changing.pop(id, None) is self._shortest:
             self._shortest = None
         place = self._place.pop(id, None)

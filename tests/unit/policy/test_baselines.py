@@ -17,12 +17,13 @@ from hyperflexis.policy.baselines import door, edf, first_come, place, prefill_f
 from hyperflexis.policy.place import PlaceMemory
 from hyperflexis.policy.running import Running
 from hyperflexis.policy.step import StepLimits
+from hyperflexis.policy.waiting import Waiting
 
 MODEL = Coefficients(c0=0.010, c1=1e-4, c2=0.0, c3=5e-4, c4=0.0)
 LIMITS = StepLimits(max_batch=64, max_batch_tokens=1000, kv_capacity_tokens=10_000, kv_free_tokens=10_000)
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     id: str
     remaining_prefill: int = 0
@@ -33,7 +34,6 @@ class Job:
     computed: int = 0
     pace_s: float = inf
     last_due: float = inf
-    late: bool = False
     missed_first: bool = False
     expected_remaining: float = 50.0
     memo: object = None
@@ -46,9 +46,16 @@ def running(count: int) -> Running[Job]:
     return jobs
 
 
+def queue(jobs: list[Job]) -> Waiting[Job]:
+    waiting: Waiting[Job] = Waiting()
+    for job in jobs:
+        waiting.add(job)
+    return waiting
+
+
 def given(policy, waiting: list[Job], decodes: int = 0, limits: StepLimits = LIMITS) -> dict[str, int]:
     """Who gets how many tokens, in order."""
-    return {job.id: n for job, n in policy.plan(0.0, waiting, running(decodes), MODEL, limits).prefills}
+    return {job.id: n for job, n in policy.plan(0.0, queue(waiting), running(decodes), MODEL, limits).prefills}
 
 
 def test_first_come_fills_the_token_budget_in_arrival_order() -> None:
@@ -99,7 +106,7 @@ def test_priority_takes_no_ones_place_but_preempts_the_least_value() -> None:
 
 def test_prefill_first_stops_decodes_while_whole_prompts_fit() -> None:
     waiting = [Job("a", 400), Job("b", 500, 1.0), Job("c", 200, 2.0), Job("d", 50, 3.0)]
-    plan = prefill_first.plan(0.0, waiting, running(12), MODEL, LIMITS)
+    plan = prefill_first.plan(0.0, queue(waiting), running(12), MODEL, LIMITS)
     assert not plan.decode
     assert [(job.id, n) for job, n in plan.prefills] == [("a", 400), ("b", 500)], "c would be split, d would overtake"
 
@@ -113,7 +120,7 @@ def test_prefill_first_computes_a_prompt_beyond_the_token_budget_alone() -> None
 def test_prefill_first_decodes_when_the_next_prompt_finds_no_room() -> None:
     waiting = [Job("a", 400), Job("b", 10, 1.0)]
     tight = replace(LIMITS, kv_free_tokens=450)  # of which the watermark keeps 100
-    plan = prefill_first.plan(0.0, waiting, running(3), MODEL, tight)
+    plan = prefill_first.plan(0.0, queue(waiting), running(3), MODEL, tight)
     assert plan.decode and not plan.prefills
     assert given(prefill_first, waiting, 0, tight) == {"a": 400}, "nothing runs that could make room"
     reusable = [Job("a", 100, computed=400)]

@@ -5,6 +5,7 @@ from hyperflexis.core.latency import Coefficients
 from hyperflexis.policy import step
 from hyperflexis.policy.baselines import first_come
 from hyperflexis.policy.running import Running
+from hyperflexis.policy.waiting import Waiting
 
 MODEL = Coefficients(c0=0.010, c1=1e-4, c2=0.0, c3=5e-4, c4=0.0)
 LIMITS = step.StepLimits(max_batch=64, max_batch_tokens=8192, kv_capacity_tokens=100_000, kv_free_tokens=100_000)
@@ -23,7 +24,6 @@ class Request:
     missed_first: bool = False
     expected_remaining: float = 50.0
     last_due: float = inf
-    late: bool = False
     memo: object = None
 
 
@@ -34,13 +34,24 @@ def _running(*requests):
     return found
 
 
+def _waiting(*requests):
+    found = Waiting()
+    for request in requests:
+        found.add(request)
+    return found
+
+
+def _plan(waiting, running=(), latency=MODEL, limits=LIMITS):
+    return step.plan(0.0, _waiting(*waiting), _running(*running), latency, limits)
+
+
 def _ids(plan):
     return [job.id for job, _ in plan.prefills]
 
 
 def test_all_decodes_run_and_the_chunk_fits_their_slack():
     running = [Request("d", next_due=0.05, pace_s=0.05, computed=100)]
-    plan = step.plan(0.0, [Request("p", 4000, next_due=10.0)], _running(*running), MODEL, LIMITS)
+    plan = _plan([Request("p", 4000, next_due=10.0)], running)
     assert plan.decode
     ((_, n),) = plan.prefills
     assert MODEL.predict(n, 0, 1, 100) <= plan.budget_s <= 0.05
@@ -49,90 +60,93 @@ def test_all_decodes_run_and_the_chunk_fits_their_slack():
 
 def test_earliest_deadline_first_among_those_that_can_be_on_time():
     waiting = [Request("loose", 500, next_due=5.0), Request("tight", 500, next_due=0.3, arrived_at=1.0)]
-    assert _ids(step.plan(0.0, waiting, _running(), MODEL, LIMITS)) == ["tight", "loose"]
-    assert _ids(first_come.plan(0.0, waiting, _running(), MODEL, LIMITS)) == ["loose", "tight"]
+    assert _ids(_plan(waiting)) == ["tight", "loose"]
+    assert _ids(first_come.plan(0.0, _waiting(*waiting), _running(), MODEL, LIMITS)) == ["loose", "tight"]
 
 
 def test_the_request_that_would_make_others_late_is_demoted_not_refused():
     big = Request("big", 8000, next_due=1.0)
     small = [Request(f"s{i}", 1000, next_due=1.1) for i in range(6)]
-    plan = step.plan(0.0, [big, *small], _running(), MODEL, LIMITS)
+    plan = _plan([big, *small])
     assert "big" not in _ids(plan)
-    alone = step.plan(0.0, [big], _running(), MODEL, LIMITS)
+    alone = _plan([big])
     assert _ids(alone) == ["big"]
 
 
 def test_value_decides_who_is_demoted():
     waiting = [Request("cheap", 4000, next_due=0.6, value=1.0), Request("dear", 4000, next_due=0.6, value=4.0)]
-    assert _ids(step.plan(0.0, waiting, _running(), MODEL, LIMITS))[0] == "dear"
+    assert _ids(_plan(waiting))[0] == "dear"
 
 
 def test_late_requests_come_last_started_first():
     late_new, late_started = Request("ln", 100, next_due=-1.0), Request("ls", 300, next_due=-1.0, started=True)
-    plan = step.plan(0.0, [late_new, late_started, Request("ok", 200, next_due=1.0)], _running(), MODEL, LIMITS)
+    plan = _plan([late_new, late_started, Request("ok", 200, next_due=1.0)])
     assert _ids(plan) == ["ok", "ls", "ln"]
 
 
 def test_a_long_queue_of_late_requests_does_not_hide_a_newcomer():
-    late = [Request(f"l{i}", 100, next_due=-1.0, late=True) for i in range(3 * step.MAX_RANKED)]
-    plan = step.plan(0.0, [*late, Request("ok", 200, next_due=1.0)], _running(), MODEL, LIMITS)
-    assert _ids(plan)[:2] == ["ok", "l0"]
+    late = [Request(f"l{i}", 100, next_due=-1.0) for i in range(step.MAX_RANKED)]
+    waiting = _waiting(*late)
+    first = step.plan(0.0, waiting, _running(), MODEL, LIMITS)
+    assert set(first.late) == set(late)
+    for request in first.late:
+        waiting.give_up(request)
+    waiting.add(Request("ok", 200, next_due=1.0))
+    assert _ids(step.plan(0.0, waiting, _running(), MODEL, LIMITS))[:2] == ["ok", "l0"]
 
 
 def test_a_starving_request_gets_a_share_although_others_are_kept():
     old = Request("old", 50_000, next_due=-150.0, arrived_at=-200.0)
     fresh = [Request(f"f{i}", 1000, next_due=1.0) for i in range(5)]
-    plan = step.plan(0.0, [old, *fresh], _running(), MODEL, LIMITS)
+    plan = _plan([old, *fresh])
     tokens = dict((job.id, n) for job, n in plan.prefills)
     assert 0 < tokens["old"] < tokens["f0"]
     lost = Request("lost", missed_first=True, computed=10, next_due=-1.0, pace_s=0.05)
-    one_at_a_time = step.plan(0.0, [old, *fresh], _running(lost), MODEL, LIMITS)
+    one_at_a_time = _plan([old, *fresh], [lost])
     assert "old" not in _ids(one_at_a_time), "another late request decodes already"
 
 
 def test_progress_is_made_even_where_nothing_is_feasible():
     slow = Coefficients(c0=1.0, c1=1.0, c2=0.0, c3=0.0, c4=0.0)
-    plan = step.plan(0.0, [Request("p", 100, next_due=-1.0, computed=5000, started=True)], _running(), slow, LIMITS)
+    plan = _plan([Request("p", 100, next_due=-1.0, computed=5000, started=True)], [], slow, LIMITS)
     assert plan.prefills
 
 
 def test_no_request_starts_that_would_break_a_promised_pace():
     running = [Request(f"d{i}", next_due=10.0, pace_s=0.0165, computed=10) for i in range(11)]
     newcomer = Request("new", 100, next_due=5.0, pace_s=inf)
-    assert not step.plan(0.0, [newcomer], _running(*running), MODEL, LIMITS).prefills
-    assert step.plan(0.0, [newcomer], _running(*running[:5]), MODEL, LIMITS).prefills
+    assert not _plan([newcomer], running).prefills
+    assert _plan([newcomer], [*running[:5]]).prefills
 
 
 def test_the_less_valuable_leave_room_in_the_batch_for_the_more_valuable():
     running = [Request(f"d{i}", next_due=10.0, pace_s=0.020, value=4.0, computed=10) for i in range(5)]
-    assert step.plan(0.0, [Request("dear", 100, next_due=5.0, value=4.0)], _running(*running), MODEL, LIMITS).prefills
-    assert not step.plan(
-        0.0, [Request("cheap", 100, next_due=5.0, value=1.0)], _running(*running), MODEL, LIMITS
-    ).prefills
+    assert _plan([Request("dear", 100, next_due=5.0, value=4.0)], running).prefills
+    assert not _plan([Request("cheap", 100, next_due=5.0, value=1.0)], running).prefills
     alone = [Request(f"d{i}", next_due=10.0, pace_s=0.020, value=1.0, computed=10) for i in range(5)]
-    assert step.plan(0.0, [Request("cheap", 100, next_due=5.0, value=1.0)], _running(*alone), MODEL, LIMITS).prefills
+    assert _plan([Request("cheap", 100, next_due=5.0, value=1.0)], [*alone]).prefills
 
 
 def test_kv_and_batch_limits_hold():
     full = step.StepLimits(max_batch=2, max_batch_tokens=8192, kv_capacity_tokens=1000, kv_free_tokens=150)
     running = [Request("d", next_due=inf, computed=850)]
-    assert not step.plan(0.0, [Request("p", 400, next_due=5.0)], _running(*running), MODEL, full).prefills
+    assert not _plan([Request("p", 400, next_due=5.0)], [*running], MODEL, full).prefills
     busy = [Request("a", next_due=inf), Request("b", next_due=inf)]
     roomy = step.StepLimits(2, 8192, 1000, 1000)
-    assert not step.plan(0.0, [Request("p", 100, next_due=5.0)], _running(*busy), MODEL, roomy).prefills
-    assert not first_come.plan(0.0, [Request("p", 100, next_due=5.0)], _running(*busy), MODEL, roomy).prefills
+    assert not _plan([Request("p", 100, next_due=5.0)], [*busy], MODEL, roomy).prefills
+    assert not first_come.plan(0.0, _waiting(Request("p", 100, next_due=5.0)), _running(*busy), MODEL, roomy).prefills
 
 
 def test_half_done_prompts_that_will_wait_do_not_keep_others_out():
     late = [Request(f"l{i}", 4000, next_due=-1.0, pace_s=0.012, computed=100, started=True) for i in range(8)]
-    plan = step.plan(0.0, [*late, Request("ok", 100, next_due=1.0, pace_s=0.012)], _running(), MODEL, LIMITS)
+    plan = _plan([*late, Request("ok", 100, next_due=1.0, pace_s=0.012)])
     assert _ids(plan)[0] == "ok"
 
 
 def test_first_come_keeps_the_token_budget():
     limits = step.StepLimits(64, 512, 100_000, 100_000)
     running = [Request(f"d{i}") for i in range(12)]
-    plan = first_come.plan(0.0, [Request("a", 300), Request("b", 900)], _running(*running), MODEL, limits)
+    plan = first_come.plan(0.0, _waiting(Request("a", 300), Request("b", 900)), _running(*running), MODEL, limits)
     assert [n for _, n in plan.prefills] == [300, 200]
 
 

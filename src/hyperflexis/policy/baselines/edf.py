@@ -10,22 +10,17 @@ A half-computed prompt waits for one that is due earlier. When KV runs out the l
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from operator import attrgetter
-
 from ...core.latency import Coefficients
 from ..running import Running
 from ..step import J, StepLimits, StepPlan
+from ..waiting import Waiting
 from .fill import fill
-
-_DUE = attrgetter("next_due")
 
 
 def plan(
-    now: float, waiting: Collection[J], running: Running[J], latency: Coefficients, limits: StepLimits
+    now: float, waiting: Waiting[J], running: Running[J], latency: Coefficients, limits: StepLimits
 ) -> StepPlan[J]:
     """The next iteration; see the module's rules. Among equal deadlines the queue's order holds."""
     if not waiting:
         return StepPlan([])
-    started = sum([job.started for job in waiting])
-    return fill(len(running), sorted(waiting, key=_DUE), started, limits)
+    return fill(len(running), waiting.by_deadline(), len(waiting.started), limits)

@@ -8,30 +8,23 @@ latest arrival is preempted.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from itertools import chain
+from collections.abc import Collection
 
 from ...core.latency import Coefficients
 from ..running import Running
 from ..step import J, StepLimits, StepPlan
+from ..waiting import Waiting
 from .fill import ARRIVED_AT, fill
 
 
 def plan(
-    now: float, waiting: Collection[J], running: Running[J], latency: Coefficients, limits: StepLimits
+    now: float, waiting: Waiting[J], running: Running[J], latency: Coefficients, limits: StepLimits
 ) -> StepPlan[J]:
     """The next iteration; see the module's rules."""
     if not waiting:
         return StepPlan([])
     # Started prompts first, as vLLM serves its running queue before its waiting queue.
-    started = sorted([job for job in waiting if job.started], key=ARRIVED_AT)
-    return fill(len(running), chain(started, _new(waiting)), len(started), limits)
-
-
-def _new(waiting: Collection[J]) -> Iterator[J]:
-    """Those not started, in arrival order. The queue has it, but that preempted ones come back at its end: hence the
-    sort, which runs only when one of them may start."""
-    yield from sorted([job for job in waiting if not job.started], key=ARRIVED_AT)
+    return fill(len(running), waiting.by_arrival(), len(waiting.started), limits)
 
 
 def victim(now: float, jobs: Collection[J]) -> J:

@@ -9,11 +9,10 @@ When KV runs out the latest arrival is preempted (``first_come.victim``).
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from ...core.latency import Coefficients
 from ..running import Running
 from ..step import J, StepLimits, StepPlan
+from ..waiting import Waiting
 from .fill import most_requests
 
 WATERMARK = 0.01
@@ -21,28 +20,28 @@ WATERMARK = 0.01
 
 
 def plan(
-    now: float, waiting: Collection[J], running: Running[J], latency: Coefficients, limits: StepLimits
+    now: float, waiting: Waiting[J], running: Running[J], latency: Coefficients, limits: StepLimits
 ) -> StepPlan[J]:
     """The next iteration; see the module's rules."""
     if not waiting:
         return StepPlan([])
-    order = sorted(waiting, key=lambda job: (not job.started, job.arrived_at))
-    prefills = _prompts(order, len(running), limits)
+    prefills = _prompts(waiting, len(running), limits)
     if prefills:
         return StepPlan(prefills, decode=False)
     if len(running):
         return StepPlan([])
     # Nothing runs that could make room: the Batcher does, for the first.
-    return StepPlan([(order[0], min(order[0].remaining_prefill, limits.max_batch_tokens))])
+    first = next(waiting.by_arrival())
+    return StepPlan([(first, min(first.remaining_prefill, limits.max_batch_tokens))])
 
 
-def _prompts(order: list[J], num_decodes: int, limits: StepLimits) -> list[tuple[J, int]]:
+def _prompts(waiting: Waiting[J], num_decodes: int, limits: StepLimits) -> list[tuple[J, int]]:
     """The prompts of one iteration, none of them split unless it is alone."""
     tokens_left = limits.max_batch_tokens
     free = limits.kv_free_tokens - WATERMARK * limits.kv_capacity_tokens
-    room = most_requests(limits) - num_decodes - sum(job.started for job in order)
+    room = most_requests(limits) - num_decodes - len(waiting.started)
     chosen: list[tuple[J, int]] = []
-    for job in order:
+    for job in waiting.by_arrival():
         n = min(job.remaining_prefill, limits.max_batch_tokens)
         # A prefix that is to be reused may lie in the free part of the cache, so it counts too.
         kv = job.remaining_prefill if job.started else job.computed + job.remaining_prefill

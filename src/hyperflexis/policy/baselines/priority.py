@@ -14,22 +14,23 @@ from operator import attrgetter
 from ...core.latency import Coefficients
 from ..running import Running
 from ..step import J, StepLimits, StepPlan
+from ..waiting import Waiting
 from .fill import ARRIVED_AT, fill
 
 _VALUE = attrgetter("value")
 
 
 def plan(
-    now: float, waiting: Collection[J], running: Running[J], latency: Coefficients, limits: StepLimits
+    now: float, waiting: Waiting[J], running: Running[J], latency: Coefficients, limits: StepLimits
 ) -> StepPlan[J]:
     """The next iteration; see the module's rules."""
     if not waiting:
         return StepPlan([])
-    started = _by_value([job for job in waiting if job.started])
+    started = _by_value(list(waiting.started.values()))
     return fill(len(running), chain(started, _new(waiting)), len(started), limits)
 
 
-def _new(waiting: Collection[J]) -> Iterator[J]:
+def _new(waiting: Waiting[J]) -> Iterator[J]:
     yield from _by_value([job for job in waiting if not job.started])
 
 
