@@ -162,7 +162,7 @@ def make_plan(plan: Plan, windows: Windows) -> Plan:
     blind = str(parts.PREFIX_BLIND) if (ROOT / parts.PREFIX_BLIND).exists() else None
     plan = replace(plan, parts=tuple(parts.find_parts()), prefix_blind=blind)
     if not windows.traces:
-        plan = replace(plan, scenarios=WITHOUT_TRACES, bursty=WITHOUT_TRACES, prefixes=(), stress=False)
+        plan = replace(plan, scenarios=WITHOUT_TRACES, bursty=WITHOUT_TRACES, fast=(), prefixes=(), stress=False)
     return replace(plan, yardsticks={name: windows.yardstick(name) for name in plan.scenarios})
 
 

@@ -30,7 +30,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """``lines`` are runs of the usual length, ``lengths`` the scenarios with bursts at all lengths."""
+    """``lines`` are runs of the usual length, ``lengths`` the first scenario with bursts at all lengths."""
 
     load: float
     lines: list[Line]
@@ -44,7 +44,8 @@ def _duration_s(plan: Plan, scenario: str) -> float:
 def tasks(plan: Plan) -> list[Task]:
     """The runs."""
     pairs = [(s, _duration_s(plan, s)) for s in plan.scenarios]
-    pairs += [(s, length_s) for s in plan.bursty for length_s in plan.lengths_s]
+    pairs += [(s, _duration_s(plan, s)) for s in plan.fast]
+    pairs += [(s, length_s) for s in plan.bursty[:1] for length_s in plan.lengths_s]
     return [
         task
         for scenario, duration_s in pairs
@@ -57,8 +58,8 @@ def result(plan: Plan, rows: Rows) -> Result:
     """The figures."""
     return Result(
         OVERLOAD,
-        [_line(plan, rows, scenario, _duration_s(plan, scenario)) for scenario in plan.scenarios],
-        [_line(plan, rows, scenario, length_s) for scenario in plan.bursty for length_s in plan.lengths_s],
+        [_line(plan, rows, scenario, _duration_s(plan, scenario)) for scenario in (*plan.scenarios, *plan.fast)],
+        [_line(plan, rows, scenario, length_s) for scenario in plan.bursty[:1] for length_s in plan.lengths_s],
     )
 
 

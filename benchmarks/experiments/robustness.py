@@ -17,16 +17,18 @@ from .measure import Row, Rows, Task
 from .plan import OURS, Plan
 from .tables import percent, points, table
 
+NO_SHARES = "benchmarks/ablations/no_shares.py"
 VICTIM = "-steady"
 """How the names of the classes end that belong to the tenant that does not change."""
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """A run: a scenario and what is special about it."""
+    """A run: a scenario, what is special about it, and the policy."""
 
     scenario: str
     variant: tuple[tuple[str, Any], ...] = ()
+    policy: str = OURS
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +86,14 @@ def trials(plan: Plan) -> list[Trial]:
         abuse = "one of two tenants sends tenfold for a third of the run: the other's requests"
         found.append(Trial(shift, Side("shift-none"), Side("shift"), plan.robust_loads, _all))
         found.append(Trial(abuse, Side("abuse-none"), Side("abuse"), plan.abuse_loads, victims))
+        if NO_SHARES in plan.parts:
+            unfair = Side("abuse", policy=NO_SHARES)
+            found.append(Trial(f"{abuse}, without fair shares", Side("abuse-none"), unfair, plan.abuse_loads, victims))
     return found
 
 
 def _runs(plan: Plan, side: Side, load: float) -> list[Task]:
-    return plan.runs(side.scenario, OURS, load, **dict(side.variant))
+    return plan.runs(side.scenario, side.policy, load, **dict(side.variant))
 
 
 def tasks(plan: Plan) -> list[Task]:

@@ -9,6 +9,11 @@ draws, wraps round at the end, and is played at the speed at which the class get
 mix and the load are the same in every window, the bursts are the trace's. A reported window of 600 s takes in most of
 the part, or all of it, so windows of different seeds overlap: they differ in where they begin, in how the bursts of
 the classes meet, and in the lengths, which are drawn anew.
+
+*More users, not faster ones.* Where a class needs several times the requests that its trace has a second, it plays as
+many *copies* of the trace, each from a place of its own on, so that each goes at about the speed at which it was
+recorded. A trace played three times as fast has bursts three times as high; a service with three times the users has
+more of them. The scenarios named *fast* play one copy all the same, for those who think otherwise.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from random import Random
 
@@ -48,7 +54,8 @@ SHARED = ""
 @dataclass(frozen=True, slots=True)
 class Scenario:
     """A workload on a fleet. ``yardstick`` names the scenario whose lambda* and request rates loads refer to (its own
-    by default); ``change`` is made to the workload before it is played."""
+    by default); with ``fast`` each class plays one copy of its trace at whatever speed that takes; ``change`` is made
+    to the workload before it is played."""
 
     title: str
     workload: str
@@ -56,6 +63,7 @@ class Scenario:
     instances: int = 4
     duration_s: float = 600.0
     yardstick: str | None = None
+    fast: bool = False
     change: Callable[[Workload], Workload] | None = None
 
 
@@ -88,6 +96,8 @@ SCENARIOS: dict[str, Scenario] = {
     "ascend-poisson": Scenario("4 Ascend 910B3, Poisson", "mixed-ascend-poisson.yaml"),
     "h100-azure": Scenario("4 H100, Azure bursts", "mixed-h100.yaml", H100),
     "h100-poisson": Scenario("4 H100, Poisson", "mixed-h100-poisson.yaml", H100),
+    "ascend-azure-fast": Scenario("4 Ascend 910B3, Azure played fast", "mixed-ascend.yaml", fast=True),
+    "h100-azure-fast": Scenario("4 H100, Azure played fast", "mixed-h100.yaml", H100, fast=True),
     "ascend-synthetic": Scenario("4 Ascend 910B3, fitted distributions", "mixed-synthetic.yaml"),
     "shift": Scenario("4 Ascend 910B3, the mix shifts", "shift.yaml", yardstick="shift-none"),
     "shift-none": Scenario("4 Ascend 910B3, its mean mix throughout", "shift.yaml", change=without_phases),
@@ -98,6 +108,7 @@ SCENARIOS: dict[str, Scenario] = {
 }
 MIXED = ("ascend-azure", "ascend-poisson", "h100-azure", "h100-poisson")
 BURSTY = ("ascend-azure", "h100-azure")
+FAST = ("ascend-azure-fast", "h100-azure-fast")
 WITHOUT_TRACES = ("ascend-synthetic",)
 
 
@@ -175,8 +186,10 @@ class Windows:
         def window(source: str, arrivals: Arrivals | None) -> Arrivals | None:
             if not isinstance(arrivals, TraceArrivals):
                 return arrivals
-            count = round(yardstick.source_rps[source] * factor * duration_s)
-            return windowed(arrivals, part_of(seed), Random(f"{seed}:window:{source}"), count, duration_s)
+            rps = yardstick.source_rps[source] * yardstick.capacity_rps / yardstick.nominal_rps
+            copies = 1 if SCENARIOS[name].fast else num_copies(arrivals, part_of(seed), rps)
+            count, random = round(rps * load * duration_s), Random(f"{seed}:window:{source}")
+            return windowed(arrivals, part_of(seed), random, count, duration_s, copies)
 
         return generate(
             replace(
@@ -193,24 +206,51 @@ def part_of(seed: int) -> tuple[float, float]:
     return (0.0, TUNING_SHARE) if seed >= FIRST_TUNING_SEED else (TUNING_SHARE, 1.0)
 
 
+def num_copies(source: TraceArrivals, part: tuple[float, float], rps: float) -> int:
+    """How many copies of a part of the trace bring ``rps`` requests a second at about the speed it was recorded at."""
+    rows = _part_rows(source, part)
+    return max(round(rps * (rows[-1].t - rows[0].t) / (len(rows) - 1)), 1)
+
+
 def windowed(
-    source: TraceArrivals, part: tuple[float, float], random: Random, count: int, duration_s: float
+    source: TraceArrivals,
+    part: tuple[float, float],
+    random: Random,
+    count: int,
+    duration_s: float,
+    copies: int = 1,
 ) -> TraceArrivals:
-    """``count`` requests in ``duration_s`` seconds, from a random place of a part of the trace on."""
+    """``count`` requests in ``duration_s`` seconds: ``copies`` of a part of the trace, each from a random place on."""
     rows = _part_rows(source, part)
     first = rows[0].t
     rows = [replace(row, t=row.t - first) for row in rows]
-    period = rows[-1].t * len(rows) / (len(rows) - 1)  # as generate wraps it
+    if copies == 1:
+        start_s, span_s, _ = _window(rows, random, count)
+        return replace(source, rows=tuple(rows), start_s=start_s, rate_scale=span_s / duration_s)
+    found: list[TraceRow] = []
+    for copy in range(copies):
+        share = count * (copy + 1) // copies - count * copy // copies
+        start_s, span_s, before = _window(rows, random, share)
+        for index in range(before, before + share):
+            found.append(replace(rows[index % len(rows)], t=(_time(rows, index) - start_s) * duration_s / span_s))
+    found.sort(key=attrgetter("t"))
+    # Stretched by less than a gap, so that it is exactly over when it would wrap.
+    stretch = duration_s * (count - 1) / (count * found[-1].t)
+    return replace(source, rows=tuple(replace(row, t=row.t * stretch) for row in found), start_s=0.0, rate_scale=1.0)
+
+
+def _window(rows: list[TraceRow], random: Random, count: int) -> tuple[float, float, int]:
+    """Where ``count`` requests begin, how long they take, and the index of the first."""
     start_s = random.uniform(0.0, rows[-1].t)
     before = sum(row.t < start_s for row in rows)
-
-    def time(index: int) -> float:
-        laps, index = divmod(index, len(rows))
-        return laps * period + rows[index].t
-
     # Halfway between the last one and the next, so that rounding lets in neither more nor less.
-    span_s = 0.5 * (time(before + count - 1) + time(before + count)) - start_s
-    return replace(source, rows=tuple(rows), start_s=start_s, rate_scale=span_s / duration_s)
+    return start_s, 0.5 * (_time(rows, before + count - 1) + _time(rows, before + count)) - start_s, before
+
+
+def _time(rows: list[TraceRow], index: int) -> float:
+    """When the request of that index comes, counted on over the trace's end, as generate wraps it."""
+    laps, index = divmod(index, len(rows))
+    return laps * rows[-1].t * len(rows) / (len(rows) - 1) + rows[index].t
 
 
 def _part_rows(source: TraceArrivals, part: tuple[float, float]) -> list[TraceRow]:

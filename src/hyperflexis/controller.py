@@ -33,6 +33,7 @@ from .core.events import (
 from .core.instance import InstanceInfo, InstanceState
 from .core.lengths import LengthModel
 from .core.request import Request, RequestState
+from .core.shares import FairShares
 from .policy.catalog import find_policy
 from .policy.place import PlaceMemory, Placement
 
@@ -62,6 +63,7 @@ class Snapshot:
     lengths: LengthModel = field(default_factory=LengthModel)
     memory: PlaceMemory = field(default_factory=PlaceMemory)
     shadow_memory: PlaceMemory = field(default_factory=PlaceMemory)
+    shares: dict[str, FairShares] = field(default_factory=dict)
 
 
 class Controller:
@@ -125,6 +127,8 @@ class Controller:
         if backlog_s > self.config.max_backlog_s:
             message = f"the shortest queue is {backlog_s:.0f} s long (limit {self.config.max_backlog_s:.0f} s)"
             return self._reject(tracked, "overloaded", message, max(backlog_s - self.config.max_backlog_s, 1.0))
+        if self._policy.fair:
+            tracked.discount = self._discount(now, tracked, ready)
         placement, decision = self._decide(now, tracked, ready)
         if (request.fail_fast or self._policy.fail_fast) and not placement.on_time:
             late_s = placement.predicted_ttft_s - (tracked.first_due - tracked.arrived_at)
@@ -137,7 +141,7 @@ class Controller:
             instance.id,
             instance.info.epoch,
             instance.info.address,
-            request.value,
+            tracked.value,
             tracked.expected_output_tokens,
             decision,
         )
@@ -169,7 +173,23 @@ class Controller:
                 note = "would be refused"
             self.shadow = _decision(self.config.policy, shadow, note)
         placement, self._memory = self._policy.place(now, tracked, ready, self._memory)
-        return placement, _decision(self._name, placement)
+        note = "beyond its tenant's fair share" if tracked.discount < 1.0 else ""
+        return placement, _decision(self._name, placement, note)
+
+    def _discount(self, now: float, tracked: TrackedRequest, ready: list[TrackedInstance]) -> float:
+        """What its value is multiplied with for its tenant's sake. Costs are those on the first instance, without what
+        the KV cache of any has."""
+        request = tracked.request
+        latency = ready[0].latency
+        first = request.prefix_keys[:1]
+        holders = [one for one in ready if first[0] in one.prefixes.recent] if first else []
+        hit = max((holder.prefix_hit_tokens(request) for holder in holders), default=0)
+        work_s = latency.prefill_s(request.num_prompt_tokens - hit, hit)
+        work_s += latency.output_s(tracked.expected_output_tokens, request.num_prompt_tokens)
+        # An instance that keeps this pace spends c0 of each step on nothing.
+        cost_s = work_s / max(1.0 - latency.c0 / tracked.pace_s, 0.1)
+        shares = self.cluster.shares.setdefault(request.model, FairShares())
+        return shares.discount(request.tenant, request.weight, request.value, cost_s, len(ready), now)
 
     def _track(self, request: Request, gateway: str, arrived_at: float) -> TrackedRequest:
         expected = self.cluster.lengths.predict(request)
@@ -234,7 +254,7 @@ class Controller:
         bound = {id for instance in cluster.instances.values() for id in instance.requests}
         unbound = tuple(t for id, t in cluster.requests.items() if id not in bound)
         instances = tuple(cluster.instances.values())
-        return Snapshot(instances, unbound, cluster.lengths, self._memory, self._shadow_memory)
+        return Snapshot(instances, unbound, cluster.lengths, self._memory, self._shadow_memory, cluster.shares)
 
     @classmethod
     def restore(cls, config: ControllerConfig, snapshot: Snapshot) -> Controller:
@@ -245,7 +265,7 @@ class Controller:
             cluster.add(instance)
         for tracked in snapshot.unbound:
             cluster.track(tracked)
-        cluster.lengths = snapshot.lengths
+        cluster.lengths, cluster.shares = snapshot.lengths, snapshot.shares
         controller._memory, controller._shadow_memory = snapshot.memory, snapshot.shadow_memory
         return controller
 

@@ -16,6 +16,7 @@ from .latency import Coefficients
 from .lengths import LengthModel
 from .prefixes import Prefixes
 from .request import QueuedJob, Request, RequestState, check_request_move
+from .shares import FairShares
 
 REPORT_DELAY_S = 0.1
 """A report may be this old: a first token is held to be late only if it was late even so."""
@@ -26,7 +27,7 @@ class TrackedRequest:
     """A request in flight. ``first_due`` is when its first token is due, ``pace_s`` the seconds allowed per output
     token (inf: nothing promised); ``prefilled`` and ``output_tokens`` are what its instance last reported. ``work_s``
     and ``context_tokens`` are what its instance counts for it: prompt seconds to come, and the KV tokens that it holds
-    or will hold soon."""
+    or will hold soon. ``discount`` is below 1 for a request beyond its tenant's fair share."""
 
     request: Request
     gateway: str
@@ -42,6 +43,12 @@ class TrackedRequest:
     missed_first: bool = False
     work_s: float = 0.0
     context_tokens: float = 0.0
+    discount: float = 1.0
+
+    @property
+    def value(self) -> float:
+        """What keeping its promise is worth."""
+        return self.request.value * self.discount
 
     @property
     def remaining_prefill(self) -> int:
@@ -54,8 +61,8 @@ class TrackedRequest:
 
     def queued_job(self, work_s: float) -> QueuedJob:
         """Its prompt in an instance's queue, with ``work_s`` seconds of it to come."""
-        request = self.request
-        return QueuedJob(self.first_due, work_s / request.value, request.id, work_s, request.value)
+        value = self.value
+        return QueuedJob(self.first_due, work_s / value, self.request.id, work_s, value)
 
     def move(self, state: RequestState) -> None:
         """Change state along the table; raises IllegalTransition."""
@@ -187,13 +194,15 @@ class TrackedInstance:
 
 
 class Cluster:
-    """All instances, by model, all requests in flight, and what their outputs' lengths were so far."""
+    """All instances, by model, all requests in flight, what their outputs' lengths were so far, and the shares of each
+    model's tenants."""
 
     def __init__(self) -> None:
         self.instances: dict[str, TrackedInstance] = {}
         self.by_model: dict[str, dict[str, TrackedInstance]] = {}
         self.requests: dict[str, TrackedRequest] = {}
         self.lengths = LengthModel()
+        self.shares: dict[str, FairShares] = {}
 
     def ready(self, model: str) -> list[TrackedInstance]:
         """Instances of ``model`` that take new requests, in order of joining."""

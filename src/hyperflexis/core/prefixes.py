@@ -16,8 +16,7 @@ from bisect import bisect_left
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
-PREFIX_KEY_TOKENS, MAX_PREFIX_KEYS = 256, 64
-"""Prompt tokens that a prefix key stands for; the most keys of a prompt."""
+from .request import MAX_PREFIX_KEYS, PREFIX_KEY_TOKENS
 
 
 @dataclass(slots=True, eq=False)

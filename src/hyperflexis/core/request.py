@@ -12,6 +12,9 @@ from typing import NamedTuple
 from ..errors import IllegalTransition
 from .slo import Slo
 
+PREFIX_KEY_TOKENS, MAX_PREFIX_KEYS = 256, 64
+"""Prompt tokens that a prefix key stands for; the most keys of a prompt."""
+
 
 class RequestState(StrEnum):
     """Where a request is. WAITING: known, not yet bound to an instance."""
@@ -49,8 +52,9 @@ def check_request_move(old: RequestState, new: RequestState) -> None:
 class Request:
     """What the controller knows of a request: sizes and promises, never its text.
 
-    ``value`` is class priority times tenant weight (larger matters more). ``prefix_keys`` are 64-bit chained
-    hashes of the prompt per 256 tokens. ``max_output_tokens`` is the client's limit, already cut to the context.
+    ``value`` is class priority times tenant weight (larger matters more), ``weight`` the tenant's. ``prefix_keys`` are
+    64-bit chained hashes of the prompt per 256 tokens. ``max_output_tokens`` is the client's limit, already cut to the
+    context.
     """
 
     id: str
@@ -63,6 +67,7 @@ class Request:
     max_output_tokens: int
     prefix_keys: tuple[int, ...] = ()
     fail_fast: bool = False
+    weight: float = 1.0
 
 
 class QueuedJob(NamedTuple):

@@ -30,6 +30,7 @@ class Promise:
     slo_class: str
     slo: Slo
     value: float
+    weight: float
     fail_fast: bool
 
 
@@ -52,7 +53,7 @@ class SloSources:
         if fail_fast not in _TRUTH:
             raise _bad("x-slo-fail-fast", f"must be true or false, got {fail_fast!r}")
         value = slo_class.priority * tenant.weight
-        return Promise(slo_class.name, asked.over(slo_class.slo), value, _TRUTH[fail_fast])
+        return Promise(slo_class.name, asked.over(slo_class.slo), value, tenant.weight, _TRUTH[fail_fast])
 
     def _slo_class(
         self, tenant: Tenant, headers: Mapping[str, str], body: SloFields | None, tier: str | None

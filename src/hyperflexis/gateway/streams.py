@@ -217,6 +217,7 @@ class Choice:
             slo_class=promise.slo_class,
             slo=promise.slo,
             value=promise.value,
+            weight=promise.weight,
             num_prompt_tokens=prompt.num_tokens,
             max_output_tokens=prompt.max_tokens,
             prefix_keys=prompt.prefix_keys,

@@ -20,12 +20,11 @@ import jinja2.sandbox
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from ..core.request import MAX_PREFIX_KEYS, PREFIX_KEY_TOKENS
 from ..errors import HyperFlexisError
 from ..openai_api import ApiError, Message
 
-PREFIX_BLOCK_TOKENS = 256
-MAX_PREFIX_KEYS = 64
-_BLOCK_BYTES = 4 * PREFIX_BLOCK_TOKENS
+_BLOCK_BYTES = 4 * PREFIX_KEY_TOKENS
 # How many prompt tokens a decoder sees first, so that the answer's first token keeps a leading space where the
 # tokenizer drops that of a text's first word. Whole characters are at most four byte tokens long.
 _TAIL_TOKENS = 6

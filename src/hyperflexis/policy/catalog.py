@@ -45,17 +45,19 @@ class Policy:
     """A placement and the name of the step policy (a key of STEPS) that belongs with it.
 
     ``chunk`` is the most tokens of an iteration, in place of the instance's own limit. With ``fail_fast`` a request
-    that the placement does not expect on time is refused, whether its client chose so or not.
+    that the placement does not expect on time is refused, whether its client chose so or not. With ``fair`` a request
+    beyond its tenant's fair share (core/shares.py) counts for less.
     """
 
     place: PlacePolicy
     step: str
     chunk: int | None = None
     fail_fast: bool = False
+    fair: bool = False
 
 
 POLICIES: dict[str, Policy] = {
-    "hyperflexis": Policy(place.place, "hyperflexis"),
+    "hyperflexis": Policy(place.place, "hyperflexis", fair=True),
     "round_robin": Policy(baselines.round_robin, "first_come"),
     "least_loaded": Policy(baselines.least_loaded, "first_come"),
     "power_of_two": Policy(baselines.power_of_two, "first_come"),

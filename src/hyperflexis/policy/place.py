@@ -96,7 +96,7 @@ def place(
         placement = _evaluate(now, tracked, offer, len(ready))
         if best is None or placement.gain > best.gain:
             best = placement
-        if best.gain >= request.value:
+        if best.gain >= tracked.value:
             break  # no other can gain more, and this one is the cheapest
     assert best is not None
     return best, memory
@@ -159,7 +159,7 @@ def _evaluate(now: float, tracked: TrackedRequest, offer: _Offer, candidates: in
         or instance.kv_tokens_with(tracked) > instance.info.kv_capacity_tokens
         or instance.num_requests >= instance.info.max_batch
     ):
-        gain -= 2.0 * request.value
+        gain -= 2.0 * tracked.value
     e2e_s = ttft_s + max(tracked.expected_output_tokens - 1.0, 0.0) * step_s
     on_time = starts_on_time and step_s <= tracked.pace_s
     return Placement(instance.id, candidates, gain, offer.load_s, ttft_s, e2e_s, on_time, offer.saved_s)

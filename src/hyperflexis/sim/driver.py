@@ -229,7 +229,7 @@ class _Simulation:
         return self._result()
 
     def _happen(self, now: float, phase: int, what: object) -> bool:
-        """One event of the heap; False when it had been superseded."""
+        """One event of the heap; False when it had been superseded, or was only a look at the run."""
         match what:
             case (_Instance() as instance, int() as version):
                 if version != instance.version:
@@ -245,6 +245,7 @@ class _Simulation:
                 self._fault_over(fault, epoch, now)
             case None:
                 self._sample(now)
+                return False
             case _:
                 raise AssertionError(what)
         return True

@@ -29,12 +29,12 @@ from random import Random
 from statistics import NormalDist
 from typing import assert_never
 
+from ..core.request import MAX_PREFIX_KEYS, PREFIX_KEY_TOKENS
 from ..core.slo import Slo
 from ..errors import ConfigError
 
 MAX_ARRIVALS = 5_000_000  # about 2 GB of arrivals: more is a mistake in a rate or a duration
 HASH_BLOCK_TOKENS = 512  # tokens that one entry of a trace's hash_ids stands for
-PREFIX_KEY_TOKENS, MAX_PREFIX_KEYS = 256, 64  # as the gateway hashes real prompts
 SOURCE_STRIDE = 1 << 40  # hash_ids of different sources of arrivals are so far apart
 
 
