@@ -10,7 +10,8 @@ simulated. Two fleets of two instances:
 
 The torch fleet is simulated with two devices: that of the profile which `hyperflexis calibrate` makes here, in as many
 processes at once as there will be instances (they share memory and cache), and *fitted*, the mean of what the
-instances' own online fits say after a warm-up. The load is a share of the capacity of the last of them.
+instances' own online fits say after a warm-up. Iterations vary by what these say nine in ten stay under. The load is a
+share of the capacity of the last of them.
 
 Times are taken at the gateway, whose journal has them, and at the client. What a request costs beside its iterations
 is measured on the idle fleet, one request at a time. The journal is also replayed through a fresh Controller, which
@@ -63,6 +64,11 @@ INSTANCES = 2
 PROBE = "probe"
 """A class of its own, so that requests before the run teach the fleet nothing about the workload's classes."""
 PROBES, PROBE_TOKENS = 24, 16
+Q90_SIGMAS = 1.2816
+"""Nine in ten normal errors are less than so many standard deviations."""
+WARM_UPS = (0.5, 1.0, 1.0)
+"""Shares of the load in the warm-ups, each of the capacity that the one before has found: the more load, the more of
+the cores go to what is beside the engines."""
 FLUSH_S = 2.5
 """After this long all that happened is in the journal's file."""
 
@@ -70,7 +76,7 @@ FLUSH_S = 2.5
 @dataclass(frozen=True)
 class Case:
     """``profile`` and ``model`` are made in a work folder. ``target``: largest error wanted, as a share. With
-    ``warm_up_s`` the device is also fitted, to what the instances report after so many seconds of half the load."""
+    ``warm_up_s`` the device is also fitted, to what the instances report after warm-ups of so many seconds."""
 
     workload: str
     profile: Callable[[Path], Profile]
@@ -172,12 +178,13 @@ def drive(case: Case, folder: Path, profile: Profile, args: argparse.Namespace) 
                 record = await client.send(probe_arrival(number), -1 - number, time.monotonic())
                 assert record.outcome == "finished", record.detail
         devices = {"profile": profile}
-        if case.warm_up_s:
-            warm_up = at_load(workload, profile, 0.5 * args.load)
+        for number, share in enumerate(WARM_UPS if case.warm_up_s else ()):
+            warm_up = at_load(workload, list(devices.values())[-1], share * args.load)
             warm_up = replace(warm_up, duration_s=case.warm_up_s)
             # Of the class that teaches nothing, and without promises.
-            arrivals = [replace(a, slo_class=PROBE, slo=Slo()) for a in generate(warm_up, args.seed + 1)]
-            await load(arrivals, case.warm_up_s, args.seed + 1, stop)
+            seed = args.seed + 3 + number
+            arrivals = [replace(a, slo_class=PROBE, slo=Slo()) for a in generate(warm_up, seed)]
+            await load(arrivals, case.warm_up_s, seed, stop)
             fits = [report.latency for report in read_run(journal).reports]
             devices["fitted"] = replace(profile, coefficients=mean_of(fits), table=None)
         before = read_run(journal)
@@ -197,9 +204,9 @@ def drive(case: Case, folder: Path, profile: Profile, args: argparse.Namespace) 
 
 
 def busy_cpu_s() -> float:
-    """Seconds that the machine's cores have worked so far, all together."""
-    user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split(maxsplit=8)[1:8])
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+    """Seconds that the machine's cores have worked so far, all together, or were taken by the host."""
+    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split(maxsplit=9)[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def tree_cpu_s() -> float:
@@ -252,14 +259,14 @@ def read_run(journal: Path) -> Journaled:
 
 
 def simulated(
-    profile: Profile, arrivals: Sequence[Arrival], workload: Workload, seed: int
+    profile: Profile, arrivals: Sequence[Arrival], workload: Workload, seed: int, noise: float
 ) -> tuple[SimResult, Counter[str]]:
     events: Counter[str] = Counter()
 
     def observe(now: float, event: Event, effects: object) -> None:
         events[type(event).__name__] += 1
 
-    config = SimConfig(profile, INSTANCES, POLICY, find_policy(POLICY), seed, exact_limits=True)
+    config = SimConfig(profile, INSTANCES, POLICY, find_policy(POLICY), seed, noise=noise, exact_limits=True)
     return simulate(config, arrivals, workload.duration_s, observe), events
 
 
@@ -337,7 +344,8 @@ def compare(case: Case, folder: Path, args: argparse.Namespace) -> dict[str, Any
         "simulated": {},
     }
     for name, device in live.devices.items():
-        result, events = simulated(device, live.arrivals, live.workload, args.seed)
+        noise = device.coefficients.q90 / Q90_SIGMAS if case.warm_up_s else 0.0
+        result, events = simulated(device, live.arrivals, live.workload, args.seed, noise)
         times = times_of(result.run.records)
         shown, later = figures(times), figures(plus(times, overhead))
         found["simulated"][name] = {
@@ -345,6 +353,7 @@ def compare(case: Case, folder: Path, args: argparse.Namespace) -> dict[str, Any
             "error": errors(shown, at_gateway),
             "error_with_overhead": errors(later, at_gateway),
             "attainment": fmean(r.is_attained for r in result.run.records),
+            "noise": noise,
             "coefficients": asdict(device.coefficients),
             "counters": {key: getattr(result.counters, key) for key in COUNTERS},
             "events": dict(sorted(events.items())),

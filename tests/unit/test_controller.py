@@ -18,6 +18,7 @@ from hyperflexis.core.events import (
 from hyperflexis.core.instance import InstanceInfo, InstanceReport, RequestProgress
 from hyperflexis.core.latency import Coefficients
 from hyperflexis.core.request import Request
+from hyperflexis.core.shares import EXCESS_VALUE
 from hyperflexis.core.slo import Slo
 from hyperflexis.errors import ConfigError
 
@@ -67,6 +68,36 @@ def test_placement_prefers_the_instance_where_the_request_is_on_time():
     assert first.instance == "i1"
     assert first.decision.on_time
     assert first.decision.predicted_ttft_s < 0.3
+
+
+def _abuse(c: Controller, rate: int, start: float) -> list[Dispatch]:
+    """Twenty seconds in which one tenant asks twice a second and another ``rate`` times as often; its answers."""
+    found = []
+    for k in range(40):
+        now = start + 0.5 * k
+        ask(c, request(f"s{now}", tenant="steady"), now)
+        found += [ask(c, request(f"a{now}.{n}", tenant="abuser"), now) for n in range(rate)]
+        for id in (f"s{now}", *(f"a{now}.{n}" for n in range(rate))):
+            c.handle(RequestFinished(id, "finished", 5, 0.1, 0.1), now)
+    return found
+
+
+def test_a_request_beyond_its_tenants_share_counts_for_less_and_says_so():
+    c = controller()
+    assert {answer.value for answer in _abuse(c, 1, 0.0)} == {1.0}
+    late = _abuse(c, 20, 20.0)[-400:]
+    assert {answer.value for answer in late} == {1.0, EXCESS_VALUE}
+    assert {answer.decision.note for answer in late if answer.value < 1.0} == {"beyond its tenant's fair share"}
+    steady = ask(c, request("steady", tenant="steady"), 40.0)
+    assert steady.value == 1.0 and not steady.decision.note
+    replayed = msgspec.msgpack.decode(msgspec.msgpack.encode(c.snapshot()), type=Snapshot)
+    copy = Controller.restore(c.config, replayed)
+    for k in range(20):
+        assert ask(copy, request(f"n{k}", tenant="abuser"), 40.1) == ask(c, request(f"n{k}", tenant="abuser"), 40.1)
+
+
+def test_baselines_know_no_shares():
+    assert {answer.value for answer in _abuse(controller("least_loaded"), 20, 0.0)} == {1.0}
 
 
 def test_an_earlier_deadline_overtakes_a_long_queue_in_the_prediction():

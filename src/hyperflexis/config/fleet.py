@@ -234,7 +234,7 @@ class TenantFields(Section):
     """`tenants.NAME`: who asks, and what they may ask for."""
 
     weight: Positive = 1.0
-    """Multiplies the priority of its requests."""
+    """Multiplies the priority of its requests, and its share of an overloaded fleet."""
     default_class: str | None = None
     """Class of its requests that name none."""
     allowed_classes: list[str] | None = None

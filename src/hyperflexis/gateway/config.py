@@ -16,9 +16,10 @@ MIB = 1 << 20
 class Tenant:
     """Whose requests these are, and what they may ask for.
 
-    ``weight`` multiplies the class's priority into a request's value. ``default_class`` stands in when a request
-    names no class. ``allowed_classes`` None allows all. ``floor`` is the tightest SLO that the tenant may ask for by
-    itself, field by field; the promises of the classes allowed to it are its due and are not held against it.
+    ``weight`` multiplies the class's priority into a request's value, and its share of an overloaded fleet.
+    ``default_class`` stands in when a request names no class. ``allowed_classes`` None allows all. ``floor`` is the
+    tightest SLO that the tenant may ask for by itself, field by field; the promises of the classes allowed to it are
+    its due and are not held against it.
     """
 
     name: str

@@ -40,6 +40,7 @@ def test_the_strongest_class_wins(
     promise = SOURCES.promise(who, headers, SloFields(class_=body), tier)
     assert promise.slo_class == expected
     assert promise.value == {"chat": 6.0, "batch": 1.5}[expected]
+    assert promise.weight == 3.0
 
 
 def test_a_fleet_without_classes_promises_what_is_asked() -> None:
