@@ -86,10 +86,10 @@ def shapes(max_batch: int, max_batch_tokens: int, context_length: int, kv_tokens
     from .engines.torch.probe import Shape
 
     chunks = [n for n in (16, 32, 64, 128, 256, 512, 1024, 2048) if n <= max_batch_tokens]
-    batches = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= max_batch]
+    batches = [n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64) if n <= max_batch]
     wanted = [Shape(prefill=n) for n in chunks]
     wanted += [Shape(prefill=n, prefill_context=context) for n in (128, 512) for context in (512, 2048)]
-    wanted += [Shape(n, context) for n in batches for context in (64, 512, 2048)]
+    wanted += [Shape(n, context) for n in batches for context in (64, 256, 512, 1024, 2048)]
     wanted += [Shape(n, context, prefill) for n in (4, 16) for context in (64, 512) for prefill in (64, 256, 512)]
     return [
         s

@@ -112,7 +112,7 @@ def test_all_but_our_own_engine_and_its_models_imports_without_torch() -> None:
 import importlib, sys
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in ('torch', 'safetensors', 'transformers', 'matplotlib'):
+        if name.split('.')[0] in ('torch', 'safetensors', 'transformers', 'matplotlib', 'numpy', 'scipy'):
             raise ModuleNotFoundError(f'blocked: {{name}}', name=name)
 sys.meta_path.insert(0, Block())
 for name in {modules!r}:
