@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Container, Iterator
 from dataclasses import dataclass
 from heapq import merge
-from itertools import islice
+from itertools import chain, islice
 from math import inf, sqrt
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -38,7 +38,7 @@ STARVING_SHARE = 0.05
 MAX_RANKED = 256
 """Waiting requests ranked per iteration, those due first; the rest wait. 128 gives the same in simulation."""
 MAX_REFUSED = 16
-"""After this many refusals in a row of service no other is asked for: the batch is as good as full."""
+"""After this many refusals no other request is asked for that would have to start: the batch is as good as full."""
 
 
 class Job(Waits, Decoding, Protocol):
@@ -97,16 +97,11 @@ def plan(
     if queue.starving is not None and not running.num_missed and admission.admits(queue.starving, late=False):
         # On a slow device its share of the time may never hold a chunk.
         room.give(queue.starving, decode_s + STARVING_SHARE * max(budget_s - decode_s, 0.0), must_run=not decodes)
-    refused = 0
     for job, late in queue.in_order(admission):
         must_run = not decodes and not room.prefills  # progress, whatever the coefficients say
         if job is queue.starving:
             continue
-        if not admission.admits(job, late):
-            refused += 1
-            if refused == MAX_REFUSED:
-                break
-        elif not room.give(job, budget_s, must_run):
+        if admission.admits(job, late) and not room.give(job, budget_s, must_run):
             break
     return StepPlan(room.prefills, budget_s, late=tuple(queue.newly_late))
 
@@ -184,20 +179,20 @@ class _Queue(Generic[J]):
         self.starving = self._find_starving(now, kept_ids)
 
     def in_order(self, admission: _Admission) -> Iterator[tuple[J, bool]]:
-        """(request, is late) in order of service; late ones that ``admission`` would all refuse are left out."""
-        for job in self._kept:
-            yield job, False
-        for job in self._demoted:
-            yield job, False
+        """(request, is late) in order of service. Those that ``admission`` would all refuse are left out."""
+        for job in chain(self._kept, self._demoted):
+            if job.started or not admission.is_full:
+                yield job, False
         waiting = self._waiting
         begun = [job for job in waiting.started.values() if waiting.is_late(job.id)]
         begun += [job for job in self.newly_late if job.started]
         for job in sorted(begun, key=leftover_rank):
             yield job, True
-        if not admission.refuses_late:
-            newly = sorted((job for job in self.newly_late if not job.started), key=leftover_rank)
-            for job in merge(waiting.late(), newly, key=leftover_rank):
-                yield job, True
+        newly = sorted((job for job in self.newly_late if not job.started), key=leftover_rank)
+        for job in merge(waiting.late(), newly, key=leftover_rank):
+            if admission.refuses_late:
+                break
+            yield job, True
 
     def _find_starving(self, now: float, kept: Container[str]) -> J | None:
         """The oldest request that is not kept, if it has waited for too long."""
@@ -227,6 +222,7 @@ class _Admission:
         self._top = top
         self._pace = pace
         self._batch = decodes
+        self._refused = 0
         self._holding = decodes + holding
         self._kv = float(kv_tokens)
         self._free = float(limits.kv_free_tokens)
@@ -234,9 +230,14 @@ class _Admission:
         self._limits = limits
 
     @property
+    def is_full(self) -> bool:
+        """True when hardly any request can start in this iteration any more."""
+        return self._refused >= MAX_REFUSED or self._holding >= self._limits.max_batch
+
+    @property
     def refuses_late(self) -> bool:
-        """True when no late request can start in this iteration any more."""
-        if self._holding >= self._limits.max_batch:
+        """True when hardly any late request can."""
+        if self.is_full:
             return True
         used = self._limits.kv_capacity_tokens - self._free
         return self._batch > 0 and used > LATE_KV_SHARE * self._limits.kv_capacity_tokens
@@ -246,9 +247,10 @@ class _Admission:
         context = self._kv + job.computed + job.remaining_prefill
         pace = min(self._pace, inf if late else job.pace_s)
         if not job.started:
-            if self._holding >= self._limits.max_batch:
-                return False
-            if self._batch and not self._has_room(job, late, context, pace):
+            if self._holding >= self._limits.max_batch or (
+                self._batch and not self._has_room(job, late, context, pace)
+            ):
+                self._refused += 1
                 return False
             self._holding += 1
         self._batch += 1

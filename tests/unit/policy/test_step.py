@@ -95,6 +95,13 @@ def test_a_long_queue_of_late_requests_does_not_hide_a_newcomer():
     assert _ids(step.plan(0.0, waiting, _running(), MODEL, LIMITS))[:2] == ["ok", "l0"]
 
 
+def test_a_prompt_that_has_begun_goes_on_behind_newcomers_that_find_no_place():
+    begun = Request("begun", 100, next_due=-1.0, started=True)
+    newcomers = [Request(f"n{i}", 100, next_due=5.0) for i in range(2 * step.MAX_REFUSED)]
+    one_place = step.StepLimits(max_batch=1, max_batch_tokens=8192, kv_capacity_tokens=1000, kv_free_tokens=0)
+    assert _ids(_plan([*newcomers, begun], [], MODEL, one_place)) == ["begun"]
+
+
 def test_a_starving_request_gets_a_share_although_others_are_kept():
     old = Request("old", 50_000, next_due=-150.0, arrived_at=-200.0)
     fresh = [Request(f"f{i}", 1000, next_due=1.0) for i in range(5)]
