@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def environment(seed: int) -> dict[str, Any]:
-    """Commit, processor, cores, Python and seed of this run."""
+    """Command (folders left out), commit, processor, cores, Python and seed of this run."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     processor = platform.processor() or platform.machine()
     try:
@@ -22,6 +23,7 @@ def environment(seed: int) -> dict[str, Any]:
     except (OSError, StopIteration):
         pass
     return {
+        "command": " ".join(word.rpartition("/")[2] for word in sys.argv),
         "commit": commit or "unknown",
         "processor": processor,
         "cores": os.cpu_count(),

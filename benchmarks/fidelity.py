@@ -422,7 +422,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="fidelity-") as folder:
             found = compare(CASES[name], Path(folder), args)
         show(name, found)
-        results[name] = {**environment(args.seed), "command": " ".join(sys.argv), **found}
+        results[name] = {**environment(args.seed), **found}
         write_results(args.json, results)
 
 

@@ -22,7 +22,6 @@ import json
 import os
 import pstats
 import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -218,7 +217,6 @@ def main() -> None:
         result = everything[part](workload, args.seed)
         found[part] = {
             **environment(args.seed),
-            "command": " ".join(sys.argv),
             "workload": workload.name,
             "profile": PROFILE,
             "load_average_before": busy,

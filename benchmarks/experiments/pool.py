@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import gc
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import active_children, parent_process
+from functools import partial
 
-from hyperflexis.errors import HyperFlexisError
+from hyperflexis.worker_pool import performed
 
 from .cache import Cache, Digests
 from .measure import Row, Task, measure
 from .scenarios import Windows
-
-GC_THRESHOLD = 100_000
-"""Looking for the little garbage in cycles takes a sixth of a run at Python's default."""
-_windows: Windows | None = None
-"""A worker process's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,51 +40,14 @@ def perform(work: Work, windows: Windows, cache: Cache, jobs: int, advance: Call
 
     Raises HyperFlexisError when the system killed a worker.
     """
-    if jobs == 1:
-        gc.set_threshold(GC_THRESHOLD)
-        for key, task in work.todo.items():
-            cache.put(key, task.policy, measure(windows, task))
-            advance(work.cpu_s[key])
-    elif work.todo:
-        _perform_in_pool(work, windows, cache, jobs, advance)
+    missing = {task: key for key, task in work.todo.items()}
+    with performed(_measurer, windows, list(missing), jobs) as rows:
+        for task, row in rows:
+            cache.put(missing[task], task.policy, row)
+            advance(work.cpu_s[missing[task]])
     found = {task: cache.get(key) for task, key in work.keys.items()}
     return {task: row for task, row in found.items() if row is not None}
 
 
-def _perform_in_pool(work: Work, windows: Windows, cache: Cache, jobs: int, advance: Callable[[float], None]) -> None:
-    executor = ProcessPoolExecutor(min(jobs, len(work.todo)), initializer=_start_worker, initargs=(windows,))
-    try:
-        futures = {executor.submit(_measure, task): key for key, task in work.todo.items()}
-        for future in as_completed(futures):
-            key = futures[future]
-            cache.put(key, work.todo[key].policy, future.result())
-            advance(work.cpu_s[key])
-    except BrokenProcessPool:
-        raise HyperFlexisError("a worker process was killed, for lack of memory perhaps: try fewer --jobs") from None
-    except BaseException:
-        for child in active_children():
-            child.terminate()
-        raise
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _start_worker(windows: Windows) -> None:
-    global _windows
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    gc.set_threshold(GC_THRESHOLD)
-    _windows = windows
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for its next task for ever."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _measure(task: Task) -> Row:
-    assert _windows is not None
-    return measure(_windows, task)
+def _measurer(windows: Windows) -> Callable[[Task], Row]:
+    return partial(measure, windows)

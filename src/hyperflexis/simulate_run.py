@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import gc
-import os
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from multiprocessing import active_children, parent_process
 from pathlib import Path
 
 from .core.profile import Profile
@@ -25,6 +18,7 @@ from .sim.oracle import LpBound, lp_bound
 from .sim.workload import Arrival, Workload, generate, scaled
 from .telemetry.compare import Curves, Timeline, curves
 from .telemetry.summary import Summary, summarise
+from .worker_pool import performed
 
 TIMELINE_POINTS = 400
 
@@ -173,57 +167,15 @@ def perform_all(
     setting: Setting, tasks: Sequence[Task], jobs: int, show: Callable[[], AbstractContextManager[Callable[[], None]]]
 ) -> Outcomes:
     """All tasks, in this process when ``jobs`` is 1, else in so many. ``show`` opens a view of the progress and gives
-    what is called after each task.
-
-    An interrupt or an error ends the workers at once. Raises HyperFlexisError when the system killed one.
+    what is called after each task. Raises HyperFlexisError when the system killed a process.
     """
-    if jobs == 1 or len(tasks) == 1:
-        runner = Runner(setting)
-        done: Outcomes = {}
-        with show() as advance:
-            for task in tasks:
-                done[task] = runner.perform(task)
-                advance()
-        return done
-    executor = ProcessPoolExecutor(min(jobs, len(tasks)), initializer=_start_worker, initargs=(setting,))
-    try:
-        # Workers start with the first task. Only then may the view start its thread: a fork copies locks as they are.
-        futures = {executor.submit(_perform, task): task for task in tasks}
-        with show() as advance:
-            for future in as_completed(futures):
-                future.result()
-                advance()
-        return {task: future.result() for future, task in futures.items()}
-    except BrokenProcessPool:
-        raise HyperFlexisError("a worker process was killed, for lack of memory perhaps: try fewer --jobs") from None
-    except BaseException:
-        for child in active_children():
-            child.terminate()
-        raise
-    finally:
-        executor.shutdown(cancel_futures=True)
+    done: Outcomes = {}
+    with performed(_performer, setting, tasks, jobs) as results, show() as advance:
+        for task, outcome in results:
+            done[task] = outcome
+            advance()
+    return {task: done[task] for task in tasks}
 
 
-_runner: Runner | None = None
-"""A worker process's own."""
-
-
-def _start_worker(setting: Setting) -> None:
-    global _runner
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    gc.set_threshold(100_000)  # looking for the little garbage in cycles takes a sixth of a run at the default
-    _runner = Runner(setting)
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for its next task for ever."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _perform(task: Task) -> RunOutcome | LpBound:
-    assert _runner is not None
-    return _runner.perform(task)
+def _performer(setting: Setting) -> Callable[[Task], RunOutcome | LpBound]:
+    return Runner(setting).perform

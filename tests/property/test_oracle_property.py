@@ -5,7 +5,7 @@ from math import inf
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.unit.sim.oracle_support import arrival, device
+from tests.sim.support import arrival, device
 
 from hyperflexis.core.latency import Coefficients
 from hyperflexis.core.latency_table import DecodeGrid, LatencyTable, PromptGrid

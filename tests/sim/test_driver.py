@@ -10,12 +10,13 @@ from statistics import mean, stdev
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.sim.support import device
 
 from hyperflexis.controller import Controller
 from hyperflexis.core.effects import Dispatch, Effect, Reject
 from hyperflexis.core.events import Event, InstanceJoined, InstanceLeft, RequestFinished
 from hyperflexis.core.latency import Coefficients
-from hyperflexis.core.profile import Domain, Profile
+from hyperflexis.core.profile import Profile
 from hyperflexis.core.slo import Slo
 from hyperflexis.policy.catalog import find_policy
 from hyperflexis.sim.driver import SimConfig, SimResult, simulate
@@ -25,25 +26,10 @@ from hyperflexis.sim.workload import Arrival
 DEVICE = Coefficients(0.005, 5e-5, 1e-9, 1e-4, 1e-8)
 
 
-def profile(coefficients: Coefficients = DEVICE, **changes: object) -> Profile:
-    made = Profile(
-        name="test",
-        model="m",
-        device_kind="test",
-        source="made up",
-        assumptions="none",
-        coefficients=coefficients,
-        mape={"prefill": 0.0, "decode": 0.0, "mixed": 0.0},
-        left_out_mape={"prefill": 0.0, "decode": 0.0, "mixed": 0.0},
-        domain=Domain(8192, 256, 1_000_000),
-        kv_bytes_per_token=1,
-        weight_bytes=1,
-        kv_capacity_tokens=200_000,
-        context_length=8192,
-        max_batch=64,
-        max_batch_tokens=2048,
+def profile(coefficients: Coefficients = DEVICE, **changes: int) -> Profile:
+    return device(
+        coefficients, **{"kv_capacity_tokens": 200_000, "max_batch_tokens": 2048, "context_length": 8192} | changes
     )
-    return replace(made, **changes)  # type: ignore[arg-type]
 
 
 def config(policy: str = "hyperflexis", instances: int = 2, **changes: object) -> SimConfig:

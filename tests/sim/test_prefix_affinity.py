@@ -5,30 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from random import Random
 
+from tests.sim.support import device
+
 from hyperflexis.core.latency import Coefficients
-from hyperflexis.core.profile import Domain, Profile
 from hyperflexis.core.slo import Slo
 from hyperflexis.policy_file import load_policy
 from hyperflexis.sim.driver import SimConfig, SimResult, simulate
 from hyperflexis.sim.workload import Arrival
 
 PREFIX_BLIND = Path(__file__).parents[2] / "benchmarks" / "ablations" / "prefix_blind.py"
-PROFILE = Profile(
-    name="test",
-    model="m",
-    device_kind="test",
-    source="made up",
-    assumptions="none",
-    coefficients=Coefficients(0.005, 5e-5, 1e-9, 1e-4, 1e-8),
-    mape={"prefill": 0.0, "decode": 0.0, "mixed": 0.0},
-    left_out_mape={"prefill": 0.0, "decode": 0.0, "mixed": 0.0},
-    domain=Domain(8192, 256, 1_000_000),
-    kv_bytes_per_token=1,
-    weight_bytes=1,
+PROFILE = device(
+    Coefficients(0.005, 5e-5, 1e-9, 1e-4, 1e-8),
     kv_capacity_tokens=200_000,
-    context_length=32768,
-    max_batch=64,
     max_batch_tokens=2048,
+    context_length=32768,
 )
 
 

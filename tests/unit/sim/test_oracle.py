@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from tests.unit.sim.oracle_support import arrival, device
+from tests.sim.support import arrival, device
 
 from hyperflexis.core.latency import Coefficients
 from hyperflexis.core.latency_table import DecodeGrid, LatencyTable, PromptGrid

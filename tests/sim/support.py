@@ -15,6 +15,7 @@ def device(
     kv_capacity_tokens: int = 1_000_000,
     max_batch: int = 64,
     max_batch_tokens: int = 16_384,
+    context_length: int = 1_000_000,
     table: LatencyTable | None = None,
 ) -> Profile:
     return Profile(
@@ -29,7 +30,7 @@ def device(
         kv_bytes_per_token=1,
         weight_bytes=1,
         kv_capacity_tokens=kv_capacity_tokens,
-        context_length=1_000_000,
+        context_length=context_length,
         max_batch=max_batch,
         max_batch_tokens=max_batch_tokens,
         table=table,
