@@ -30,7 +30,7 @@ class Plan:
     seeds: Sequence[int] = (1, 2, 3, 4, 5)
     duration_s: float | None = None
     lengths_s: Sequence[float] = (60.0, 300.0, 600.0, 1800.0)
-    our_loads: Sequence[float] = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, FAR_OVERLOAD)
+    our_loads: Sequence[float] = (0.5, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, FAR_OVERLOAD)
     best_loads: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     door_loads: Sequence[float] = (0.5, 0.8, 1.0, 1.1, 1.3)
     latency_loads: Sequence[float] = (0.5, 0.8, 0.9)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import assert_never
 
-from .core.cluster import Cluster, TrackedInstance, TrackedRequest
+from .core.cluster import Cluster, TrackedInstance, TrackedRequest, prefix_holders
 from .core.effects import Decision, Dispatch, Effect, Reject, RejectReason
 from .core.events import (
     Event,
@@ -181,9 +181,7 @@ class Controller:
         the KV cache of any has."""
         request = tracked.request
         latency = ready[0].latency
-        first = request.prefix_keys[:1]
-        holders = [one for one in ready if first[0] in one.prefixes.recent] if first else []
-        hit = max((holder.prefix_hit_tokens(request) for holder in holders), default=0)
+        hit = max((one.prefix_hit_tokens(request) for one in prefix_holders(request, ready)), default=0)
         work_s = latency.prefill_s(request.num_prompt_tokens - hit, hit)
         work_s += latency.output_s(tracked.expected_output_tokens, request.num_prompt_tokens)
         # An instance that keeps this pace spends c0 of each step on nothing.

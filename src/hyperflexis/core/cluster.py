@@ -7,6 +7,7 @@ comparisons, not a walk over their requests. Times are seconds of the controller
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import inf
 
@@ -191,6 +192,14 @@ class TrackedInstance:
             self.paces[tracked.pace_s] -= 1
             if not self.paces[tracked.pace_s]:
                 del self.paces[tracked.pace_s]
+
+
+def prefix_holders(request: Request, instances: Iterable[TrackedInstance]) -> list[TrackedInstance]:
+    """Those of ``instances`` that are expected to have the beginning of the prompt in their KV cache."""
+    if not request.prefix_keys:
+        return []
+    first = request.prefix_keys[0]
+    return [instance for instance in instances if first in instance.prefixes.recent]
 
 
 class Cluster:

@@ -22,7 +22,7 @@ tenant with the least service is next. Here deadlines order the queue, and the c
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 from math import inf
@@ -51,7 +51,7 @@ class Account:
     """A tenant's latest requests, (time, price, cost in seconds), the sum of their costs, and its limit. Of those that
     cost just that the share ``at_limit`` is within it; ``owed`` counts what of it is still to be given."""
 
-    weight: float
+    weight: float = 1.0
     recent: list[tuple[float, float, float]] = field(default_factory=list)
     asked_s: float = 0.0
     limit: float = inf
@@ -106,9 +106,7 @@ class FairShares:
     ) -> float:
         """Count a request of positive ``weight`` and ``value`` that costs ``cost_s`` seconds of one of the instances.
         Returns what to multiply its value with: 1, or EXCESS_VALUE when it is beyond its tenant's share."""
-        account = self.accounts.get(tenant)
-        if account is None:
-            account = self.accounts[tenant] = Account(weight)
+        account = self.accounts.setdefault(tenant, Account())
         account.weight = weight
         price = cost_s / value
         account.add(price, cost_s, now)
@@ -118,25 +116,27 @@ class FairShares:
         return 1.0 if account.is_within(price) else EXCESS_VALUE
 
     def _renew(self, num_instances: int, now: float) -> None:
-        asked = {tenant: account.rate(now) for tenant, account in self.accounts.items()}
-        fits = sum(asked.values()) <= FULL * num_instances
-        rates = [(asked[tenant], account.weight) for tenant, account in self.accounts.items()]
-        level = inf if fits else _level(rates, num_instances)
-        for tenant, account in list(self.accounts.items()):
+        asked = {tenant: (account.rate(now), account.weight) for tenant, account in self.accounts.items()}
+        level = _level(asked.values(), num_instances)
+        for tenant, (rate, weight) in asked.items():
+            account = self.accounts[tenant]
             if not account.recent:
                 del self.accounts[tenant]
-            elif asked[tenant] <= account.weight * level:
+            elif rate <= weight * level:
                 account.limit = inf
             else:
-                account.renew(account.weight * level / asked[tenant])
+                account.renew(weight * level / rate)
 
 
-def _level(rates: Sequence[tuple[float, float]], num_instances: int) -> float:
-    level = fair_level(rates, SHARED * num_instances)
-    modest = [amount / weight for amount, weight in rates if amount <= weight * level]
+def _level(asked: Collection[tuple[float, float]], num_instances: int) -> float:
+    """The level for tenants that ask for ``(rate, weight)``; inf when nobody has to give way."""
+    if sum(rate for rate, _ in asked) <= FULL * num_instances:
+        return inf
+    level = fair_level(asked, SHARED * num_instances)
+    modest = [rate / weight for rate, weight in asked if rate <= weight * level]
     if not modest:
         return level
-    return max(fair_level(rates, PROTECTED * num_instances), *modest)
+    return max(fair_level(asked, PROTECTED * num_instances), *modest)
 
 
 def fair_level(asked: Iterable[tuple[float, float]], capacity: float) -> float:

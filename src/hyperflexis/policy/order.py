@@ -43,7 +43,7 @@ def subset_with(
     without.take(before)
     with_job = without.fork()
     with_job.take((job,))
-    is_alone = with_job.num_dropped == without.num_dropped + 1 and with_job.drops(job)
+    is_alone = with_job.dropped == without.dropped | {job.id}
     without.take(after)
     kept_without, value_without = without.kept_of(ordered)
     if is_alone and job.value <= value_without:
@@ -63,9 +63,10 @@ def _all_fit(ordered: Sequence[QueuedJob], start: float, speed: float) -> bool:
 
 
 class _Walk:
-    """Moore and Hodgson's walk, taken in parts: queues that begin alike share the beginning."""
+    """Moore and Hodgson's walk, taken in parts: queues that begin alike share the beginning. ``dropped`` has the ids of
+    the jobs dropped so far."""
 
-    __slots__ = ("_dropped", "_fitting", "_heap", "_speed", "_start", "_work")
+    __slots__ = ("_fitting", "_heap", "_speed", "_start", "_work", "dropped")
 
     def __init__(self, start: float, speed: float) -> None:
         self._start = start
@@ -74,29 +75,20 @@ class _Walk:
         # The heap is made of the jobs so far when the first of them must go: many queues never come to that.
         self._fitting: list[QueuedJob] = []
         self._heap: list[tuple[float, str, float]] = []
-        self._dropped: set[str] = set()
-
-    @property
-    def num_dropped(self) -> int:
-        """Jobs dropped so far."""
-        return len(self._dropped)
-
-    def drops(self, job: QueuedJob) -> bool:
-        """True when ``job`` has been dropped."""
-        return job.id in self._dropped
+        self.dropped: set[str] = set()
 
     def fork(self) -> _Walk:
         """Another walk that has come as far."""
         other = _Walk(self._start, self._speed)
         other._work, other._fitting, other._heap = self._work, self._fitting.copy(), self._heap.copy()
-        other._dropped = self._dropped.copy()
+        other.dropped = self.dropped.copy()
         return other
 
     def take(self, jobs: Sequence[QueuedJob]) -> None:
         """The next jobs in deadline order."""
         start, speed, work, heap = self._start, self._speed, self._work, self._heap
         taken = 0
-        if not self._dropped:
+        if not self.dropped:
             for job in jobs:
                 more = work + job[3]
                 if more > (job[0] - start) * speed + ROUNDING_S:
@@ -115,16 +107,16 @@ class _Walk:
                 continue
             _, dropped, less_s = heappushpop(heap, (-price, id, work_s))
             work -= less_s
-            self._dropped.add(dropped)
+            self.dropped.add(dropped)
             while work > room and heap:
                 _, dropped, less_s = heappop(heap)
                 work -= less_s
-                self._dropped.add(dropped)
+                self.dropped.add(dropped)
         self._work = work
 
     def kept_of(self, ordered: Sequence[QueuedJob]) -> tuple[Sequence[QueuedJob], float]:
         """Those of ``ordered``, all jobs that were taken, which are kept, and their value."""
-        dropped = self._dropped
+        dropped = self.dropped
         kept = [job for job in ordered if job.id not in dropped] if dropped else ordered
         value = _value(kept)
         best: QueuedJob | None = None

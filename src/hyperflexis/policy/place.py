@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from heapq import nsmallest
 from operator import attrgetter
 
-from ..core.cluster import TrackedInstance, TrackedRequest
+from ..core.cluster import TrackedInstance, TrackedRequest, prefix_holders
 from ..core.request import QueuedJob, Request
 from .budget import CAP_S, PACE_MARGIN
 from .order import subset_with
@@ -124,11 +124,9 @@ def _candidates(request: Request, ready: Sequence[TrackedInstance]) -> Sequence[
     if len(ready) <= MAX_CANDIDATES:
         return ready
     candidates = nsmallest(MAX_CANDIDATES, ready, key=load_s)
-    if request.prefix_keys:
-        first = request.prefix_keys[0]
-        holders = [instance for instance in ready if first in instance.prefixes.recent]
-        if holders:
-            candidates.append(min((_Offer(holder, request) for holder in holders), key=_COST).instance)
+    holders = prefix_holders(request, ready)
+    if holders:
+        candidates.append(min((_Offer(holder, request) for holder in holders), key=_COST).instance)
     return candidates
 
 
