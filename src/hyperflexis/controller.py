@@ -298,5 +298,6 @@ def _decision(policy: str, placement: Placement, note: str = "") -> Decision:
         placement.load_s,
         placement.predicted_ttft_s,
         placement.predicted_e2e_s,
+        placement.saved_s,
         note,
     )

@@ -23,7 +23,7 @@ from hyperflexis.gateway.app import Gateway
 from hyperflexis.gateway.config import GatewayConfig, Limits
 
 LIMIT_S = 10.0
-DECISION = Decision("test", 2, True, 1.5, 0.004, 0.123, 0.5, "a note")
+DECISION = Decision("test", 2, True, 1.5, 0.004, 0.123, 0.5, 0.05, "a note")
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 CLASSES = (SloClass("chat", Slo(1.0, 0.05), 2.0), SloClass("batch", Slo(e2e_s=60.0), 0.5))
 

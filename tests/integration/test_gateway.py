@@ -49,7 +49,7 @@ async def test_a_whole_chat_answer(one: Site) -> None:
     assert found.headers["x-request-id"] == "abc-1"
     assert found.headers["x-hfx-instance"] == "i0"
     assert found.headers["x-hfx-predicted-ttft-ms"] == "123"
-    assert "a note" in found.headers["x-hfx-decision"]
+    assert "50 ms saved by a cached prefix, a note" in found.headers["x-hfx-decision"]
     ended = await soon(one.fleet.ended.get())
     assert (ended.outcome, ended.output_tokens, ended.prompt_tokens_cached) == ("finished", 5, 1)
     assert 0 < ended.ttft_s <= ended.e2e_s

@@ -17,7 +17,7 @@ COEFFICIENTS = Coefficients(0.01, 1e-5, 2e-9, 3e-5, 4e-8, 0.1)
 REQUEST = Request("r", "m", "t", "chat", Slo(0.5, None, 3.0), 2.0, 100, 50, (1, (1 << 64) - 1), True)
 REPORT = InstanceReport("i", 1, 2, 3, 4, 5, 6, 7, 8, 9, 1.5, COEFFICIENTS, (RequestProgress("r", 10, 2),))
 INFO = InstanceInfo("i", 1, "m", "h100", "unix:/s", "emulated", 4096, 8192, 8, 512, True, COEFFICIENTS)
-DECISION = effects.Decision("p", 3, True, 1.0, 0.2, 0.3, 1.4, "note")
+DECISION = effects.Decision("p", 3, True, 1.0, 0.2, 0.3, 1.4, 0.1, "note")
 MESSAGES = [
     wire.Hello(wire.VERSION, "gateway", "g", 3, "secret"),
     wire.Generate(1, "r", 1, wire.pack_ids([1, 2]), wire.Sampling(seed=7, stop_token_ids=(3,), logprobs=2), -0.5, 0.05),

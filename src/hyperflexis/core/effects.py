@@ -14,7 +14,8 @@ class Decision:
 
     ``predicted_*`` are seconds after arrival. ``on_time`` is False for a request that is expected to miss its promise
     and is served from leftover budget (demoted). ``gain`` is the on-time value won, ``load_s`` the queue of
-    the chosen instance in seconds, ``candidates`` how many instances were compared.
+    the chosen instance in seconds, ``candidates`` how many instances were compared, ``saved_s`` the prompt work that a
+    prefix in its KV cache saves.
     """
 
     policy: str
@@ -24,6 +25,7 @@ class Decision:
     load_s: float
     predicted_ttft_s: float
     predicted_e2e_s: float
+    saved_s: float = 0.0
     note: str = ""
 
 

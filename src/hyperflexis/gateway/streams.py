@@ -443,6 +443,8 @@ def describe(decision: Decision) -> str:
         f"{decision.policy}: {'on time' if decision.on_time else 'demoted'}, best of {decision.candidates}, "
         f"queue {1e3 * decision.load_s:.0f} ms, gain {decision.gain:.3g}"
     )
+    if decision.saved_s:
+        text += f", {1e3 * decision.saved_s:.0f} ms saved by a cached prefix"
     return f"{text}, {decision.note}" if decision.note else text
 
 
