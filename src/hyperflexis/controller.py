@@ -1,10 +1,11 @@
 """The cluster level, whole and pure: ``Controller.handle(event, now) -> list[Effect]``.
 
     RequestArrived    -> Dispatch or Reject          a request is bound at arrival; past the limits it is refused
+                         or nothing                  one that was accepted before waits for an instance
     RequestFinished   -> nothing                     its output's length is learnt
-    InstanceJoined    -> nothing                     READY; a newer epoch of a known id replaces the older
-    InstanceReported  -> nothing                     progress, fitted latency
-    InstanceLeft      -> nothing                     its gateways see their links break and ask again
+    InstanceJoined    -> Dispatch                    READY, for those that wait; a newer epoch replaces an older
+    InstanceReported  -> Dispatch                    progress, fitted latency; it lives, for those that wait
+    InstanceLeft      -> nothing                     its gateways see their links break and ask where to go on
     GatewayJoined     -> nothing                     requests in flight are taken over (after a controller's restart)
     GatewayLeft       -> nothing                     its requests died with it
 
@@ -13,7 +14,7 @@ The same code runs live, in the simulator and in replay. Time is an argument: se
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import assert_never
 
@@ -29,6 +30,7 @@ from .core.events import (
     OpenRequest,
     RequestArrived,
     RequestFinished,
+    Sent,
 )
 from .core.instance import InstanceInfo, InstanceState
 from .core.lengths import LengthModel
@@ -36,9 +38,6 @@ from .core.request import Request, RequestState
 from .core.shares import FairShares
 from .policy.catalog import find_policy
 from .policy.place import PlaceMemory, Placement
-
-MAX_ATTEMPTS = 3
-"""Dispatches of one request before it is given up: more would hide a request that kills instances."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +85,17 @@ class Controller:
         """Take in one event at ``now`` and return what to do, in order. Never raises for a stale or repeated event."""
         match event:
             case RequestArrived():
-                return [self._arrived(event, now)]
+                return self._arrived(event, now)
             case RequestFinished():
                 self._finished(event)
             case InstanceJoined():
-                self._instance_joined(event.info)
+                return self._instance_joined(event.info, now)
             case InstanceReported():
                 instance = self.cluster.current(event.report.id, event.report.epoch)
                 if instance is not None:
                     instance.take_report(event.report, now)
+                    if self.cluster.waiting:
+                        return self._place_waiting(instance.info.model, now)
             case InstanceLeft():
                 instance = self.cluster.current(event.id, event.epoch)
                 if instance is not None:
@@ -109,35 +110,38 @@ class Controller:
                 assert_never(event)
         return []
 
-    def _arrived(self, event: RequestArrived, now: float) -> Effect:
+    def _arrived(self, event: RequestArrived, now: float) -> list[Effect]:
         self.shadow = None
-        request = event.request
+        model = event.request.model
         tracked = self._enter(event, now)
-        ready = self.cluster.ready(request.model)
-        if event.avoid is not None and len(ready) > 1:
-            ready = [instance for instance in ready if instance.id != event.avoid]
-        if request.model not in self.config.models:
-            return self._reject(tracked, "unknown_model", f"no model {request.model!r} in this fleet")
-        if event.attempt >= MAX_ATTEMPTS:
-            message = f"{event.attempt} instances failed this request before its first token"
-            return self._reject(tracked, "attempts_exhausted", message)
+        ready = self.cluster.ready(model)
+        if event.attempt:
+            # It was accepted, and is not refused for what happened to its instance: until another is there, or the same
+            # tells that it lives, it waits.
+            others = [instance for instance in ready if instance.id != event.avoid]
+            return [self._dispatch(tracked, *self._choose(tracked, others, now))] if others else []
+        if model not in self.config.models:
+            return [self._reject(tracked, "unknown_model", f"no model {model!r} in this fleet")]
         if not ready:
-            return self._reject(tracked, "no_instance_ready", f"no instance of {request.model!r} is ready", 2.0)
+            return [self._reject(tracked, "no_instance_ready", f"no instance of {model!r} is ready", 2.0)]
         backlog_s = min(instance.prefill_s for instance in ready)
         if backlog_s > self.config.max_backlog_s:
             message = f"the shortest queue is {backlog_s:.0f} s long (limit {self.config.max_backlog_s:.0f} s)"
-            return self._reject(tracked, "overloaded", message, max(backlog_s - self.config.max_backlog_s, 1.0))
+            return [self._reject(tracked, "overloaded", message, max(backlog_s - self.config.max_backlog_s, 1.0))]
         if self._policy.fair:
             tracked.discount = self._discount(now, tracked, ready)
-        placement, decision = self._decide(now, tracked, ready)
-        if (request.fail_fast or self._policy.fail_fast) and not placement.on_time:
+        placement, decision = self._choose(tracked, ready, now)
+        if (event.request.fail_fast or self._policy.fail_fast) and not placement.on_time:
             late_s = placement.predicted_ttft_s - (tracked.first_due - tracked.arrived_at)
-            return self._reject(tracked, "slo_infeasible", _infeasible(tracked, placement), max(late_s, 1.0))
+            return [self._reject(tracked, "slo_infeasible", _infeasible(tracked, placement), max(late_s, 1.0))]
+        return [self._dispatch(tracked, placement, decision)]
+
+    def _dispatch(self, tracked: TrackedRequest, placement: Placement, decision: Decision) -> Dispatch:
         instance = self.cluster.instances[placement.instance]
         self.cluster.bind(tracked, instance)
         return Dispatch(
-            request.id,
-            event.gateway,
+            tracked.request.id,
+            tracked.gateway,
             instance.id,
             instance.info.epoch,
             instance.info.address,
@@ -147,15 +151,15 @@ class Controller:
         )
 
     def _enter(self, event: RequestArrived, now: float) -> TrackedRequest:
-        """The request as WAITING. A known one is asked for again: its instance died or refused it, or the answer was
-        lost with an older controller; it starts over on another instance with its old deadlines."""
+        """The request as WAITING. A known one is asked for again: its instance died or gave it back, or the answer was
+        lost with an older controller. It keeps its deadlines."""
+        tracked = self._track(event.request, event.gateway, now - event.age_s, event.sent)
         known = self.cluster.requests.get(event.request.id)
         if known is not None:
+            tracked.discount = known.discount
             self.cluster.unbind(known)
-            if known.state is RequestState.DISPATCHED:
-                known.move(RequestState.WAITING)
+            self.cluster.waiting.pop(known.request.id, None)
             del self.cluster.requests[known.request.id]
-        tracked = self._track(event.request, event.gateway, now - event.age_s)
         self.cluster.track(tracked)
         return tracked
 
@@ -165,7 +169,8 @@ class Controller:
         self.cluster.forget(tracked, RequestState.REJECTED)
         return Reject(tracked.request.id, tracked.gateway, reason, message, retry_after_s)
 
-    def _decide(self, now: float, tracked: TrackedRequest, ready: list[TrackedInstance]) -> tuple[Placement, Decision]:
+    def _choose(self, tracked: TrackedRequest, ready: list[TrackedInstance], now: float) -> tuple[Placement, Decision]:
+        """The best of ``ready``, at least one."""
         if self.config.observe:
             shadow, self._shadow_memory = self._shadow_policy.place(now, tracked, ready, self._shadow_memory)
             note = f"would go to {shadow.instance}"
@@ -174,6 +179,8 @@ class Controller:
             self.shadow = _decision(self.config.policy, shadow, note)
         placement, self._memory = self._policy.place(now, tracked, ready, self._memory)
         note = "beyond its tenant's fair share" if tracked.discount < 1.0 else ""
+        if tracked.sent_tokens:
+            note = f"goes on after {tracked.sent_tokens} tokens"
         return placement, _decision(self._name, placement, note)
 
     def _discount(self, now: float, tracked: TrackedRequest, ready: list[TrackedInstance]) -> float:
@@ -189,11 +196,17 @@ class Controller:
         shares = self.cluster.shares.setdefault(request.model, FairShares())
         return shares.discount(request.tenant, request.weight, request.value, cost_s, len(ready), now)
 
-    def _track(self, request: Request, gateway: str, arrived_at: float) -> TrackedRequest:
-        expected = self.cluster.lengths.predict(request)
+    def _track(self, request: Request, gateway: str, arrived_at: float, sent: Sent | None) -> TrackedRequest:
+        expected = self.cluster.lengths.predict(request if sent is None else _as_asked(request, sent.num_tokens))
         ttft_s = request.slo.first_token_by_s(expected)
         pace_s = request.slo.pace_s(expected, ttft_s if ttft_s < inf else 0.0)
-        return TrackedRequest(request, gateway, arrived_at, arrived_at + ttft_s, pace_s, expected)
+        tracked = TrackedRequest(request, gateway, arrived_at, arrived_at + ttft_s, pace_s, expected)
+        if sent is not None:
+            tracked.sent_tokens = sent.num_tokens
+            tracked.first_due = arrived_at + sent.ttft_s + sent.num_tokens * pace_s
+            tracked.expected_output_tokens = max(expected - sent.num_tokens, 1.0)
+            tracked.missed_first = sent.ttft_s > ttft_s
+        return tracked
 
     def _finished(self, event: RequestFinished) -> None:
         tracked = self.cluster.requests.get(event.id)
@@ -201,7 +214,7 @@ class Controller:
             return
         match event.outcome:
             case "finished":
-                self.cluster.lengths.learn(tracked.request, event.output_tokens)
+                self.cluster.lengths.learn(_as_asked(tracked.request, tracked.sent_tokens), event.output_tokens)
                 state = RequestState.FINISHED
             case "cancelled":
                 state = RequestState.CANCELLED
@@ -211,13 +224,13 @@ class Controller:
                 assert_never(event.outcome)
         self.cluster.forget(tracked, state)
 
-    def _instance_joined(self, info: InstanceInfo) -> None:
+    def _instance_joined(self, info: InstanceInfo, now: float) -> list[Effect]:
         known = self.cluster.instances.get(info.id)
         if known is not None:
             if known.info.epoch > info.epoch:
-                return
+                return []
             if known.info == info:
-                return  # the same instance after its link was cut
+                return []  # the same instance after its link was cut
             self._instance_left(known)
         instance = self.cluster.join(info)
         for state in (InstanceState.STANDBY, InstanceState.LOADING, InstanceState.READY):
@@ -225,13 +238,19 @@ class Controller:
         for tracked in self.cluster.requests.values():
             if tracked.instance == info.id and tracked.epoch == info.epoch:
                 instance.bind(tracked)
+        return self._place_waiting(info.model, now)
+
+    def _place_waiting(self, model: str, now: float) -> list[Effect]:
+        ready = self.cluster.ready(model)
+        waiting = [tracked for tracked in self.cluster.waiting.values() if tracked.request.model == model]
+        return [self._dispatch(tracked, *self._choose(tracked, ready, now)) for tracked in waiting if ready]
 
     def _instance_left(self, instance: TrackedInstance) -> None:
-        # Their gateways hold what was already sent: they ask again, or end the stream.
+        # Their gateways know what was sent: they ask where to go on.
         self.cluster.leave(instance)
 
     def _adopt(self, opened: OpenRequest, gateway: str, now: float) -> None:
-        tracked = self._track(opened.request, gateway, now - opened.age_s)
+        tracked = self._track(opened.request, gateway, now - opened.age_s, opened.sent)
         tracked.state = RequestState.DISPATCHED
         tracked.instance, tracked.epoch = opened.instance, opened.epoch
         tracked.output_tokens = opened.output_tokens
@@ -266,6 +285,14 @@ class Controller:
         cluster.lengths, cluster.shares = snapshot.lengths, snapshot.shares
         controller._memory, controller._shadow_memory = snapshot.memory, snapshot.shadow_memory
         return controller
+
+
+def _as_asked(request: Request, sent_tokens: int) -> Request:
+    """The request without what was sent of its answer."""
+    if not sent_tokens:
+        return request
+    prompt = request.num_prompt_tokens - sent_tokens
+    return replace(request, num_prompt_tokens=prompt, max_output_tokens=request.max_output_tokens + sent_tokens)
 
 
 def _infeasible(tracked: TrackedRequest, placement: Placement) -> str:

@@ -14,6 +14,7 @@ from hyperflexis.core.events import (
     OpenRequest,
     RequestArrived,
     RequestFinished,
+    Sent,
 )
 from hyperflexis.core.instance import InstanceInfo, InstanceReport, RequestProgress
 from hyperflexis.core.latency import Coefficients
@@ -165,7 +166,6 @@ def test_a_policy_that_there_is_not_is_refused_at_the_start():
 def test_refusals_say_why():
     c = controller(max_backlog_s=1.0)
     assert ask(c, request("u", model="nope")).reason == "unknown_model"
-    assert ask(c, request("a"), attempt=3).reason == "attempts_exhausted"
     for k in range(8):
         ask(c, request(f"r{k}", prompt=8000))
     overloaded = ask(c, request("o", prompt=8000))
@@ -220,13 +220,42 @@ def test_stale_epochs_change_nothing():
     assert ask(c, request("r")).epoch == 2
 
 
-def test_a_lost_instance_gets_nothing_and_its_requests_can_be_asked_again():
+def test_accepted_requests_wait_for_an_instance():
     c = controller(instances=1)
+    again = RequestArrived(request("r"), "g", 1.0, 1, "i0")
     ask(c, request("r"))
     c.handle(InstanceLeft("i0", 1, "killed"), 1.0)
-    assert ask(c, request("r"), attempt=1, avoid="i0").reason == "no_instance_ready"
-    c.handle(InstanceJoined(info("i0", epoch=2)), 2.0)
-    assert ask(c, request("r"), attempt=1, avoid="i0").epoch == 2
+    assert c.handle(again, 1.0) == []
+    assert ask(c, request("new")).reason == "no_instance_ready"
+    (effect,) = c.handle(InstanceJoined(info("i0", epoch=2)), 2.0)
+    assert isinstance(effect, Dispatch) and (effect.request_id, effect.epoch) == ("r", 2)
+    assert not c.cluster.waiting
+
+
+def test_a_request_waits_for_a_sign_of_life_of_the_only_instance_that_failed_it():
+    c = controller(instances=1, max_backlog_s=0.0)
+    assert c.handle(RequestArrived(request("r", prompt=9000), "g", 1.0, 1, "i0"), 1.0) == []
+    assert c.handle(RequestArrived(request("gone"), "g", 1.0, 1, "i0"), 1.0) == []
+    c.handle(RequestFinished("gone", "cancelled", 0, None, 1.0), 1.1)
+    (effect,) = c.handle(InstanceReported(report("i0")), 1.2)
+    assert isinstance(effect, Dispatch) and effect.request_id == "r"
+    assert c.handle(InstanceReported(report("i0")), 1.3) == []
+
+
+def test_a_continuation_keeps_its_deadlines_and_counts_what_was_sent():
+    c = controller(instances=2)
+    for k in range(20):
+        c.handle(RequestFinished(ask(c, request(f"r{k}")).request_id, "finished", 80, 0.1, 1.0), 0.0)
+    longer = request("s", prompt=530, max_output_tokens=70)
+    sent = ask(c, longer, now=10.0, attempt=1, avoid="i0", sent=Sent(30, 0.25))
+    assert sent.instance == "i1"
+    assert sent.expected_output_tokens == pytest.approx(50.0, abs=1.0)
+    assert sent.decision.note == "goes on after 30 tokens"
+    tracked = c.cluster.requests["s"]
+    assert tracked.first_due == pytest.approx(10.0 + 0.25 + 30 * 0.05)
+    c.handle(InstanceReported(report("i1", [RequestProgress("s", 530, 5)])), 10.1)
+    c.handle(RequestFinished("s", "finished", 80, 0.25, 4.0), 14.0)
+    assert ask(c, request("t")).expected_output_tokens == pytest.approx(80.0, abs=1.0)
 
 
 def test_gateways_bring_their_open_requests_and_take_them_away():

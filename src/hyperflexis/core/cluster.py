@@ -28,7 +28,10 @@ class TrackedRequest:
     """A request in flight. ``first_due`` is when its first token is due, ``pace_s`` the seconds allowed per output
     token (inf: nothing promised); ``prefilled`` and ``output_tokens`` are what its instance last reported. ``work_s``
     and ``context_tokens`` are what its instance counts for it: prompt seconds to come, and the KV tokens that it holds
-    or will hold soon. ``discount`` is below 1 for a request beyond its tenant's fair share."""
+    or will hold soon. ``discount`` is below 1 for a request beyond its tenant's fair share.
+
+    A request that goes on elsewhere counts the ``sent_tokens`` in its prompt; ``first_due`` is when the next is due,
+    and the expected and reported outputs are of what follows."""
 
     request: Request
     gateway: str
@@ -45,6 +48,7 @@ class TrackedRequest:
     work_s: float = 0.0
     context_tokens: float = 0.0
     discount: float = 1.0
+    sent_tokens: int = 0
 
     @property
     def value(self) -> float:
@@ -203,13 +207,14 @@ def prefix_holders(request: Request, instances: Iterable[TrackedInstance]) -> li
 
 
 class Cluster:
-    """All instances, by model, all requests in flight, what their outputs' lengths were so far, and the shares of each
-    model's tenants."""
+    """All instances, by model, all requests in flight, those of them that are ``waiting`` for an instance, what their
+    outputs' lengths were so far, and the shares of each model's tenants."""
 
     def __init__(self) -> None:
         self.instances: dict[str, TrackedInstance] = {}
         self.by_model: dict[str, dict[str, TrackedInstance]] = {}
         self.requests: dict[str, TrackedRequest] = {}
+        self.waiting: dict[str, TrackedRequest] = {}
         self.lengths = LengthModel()
         self.shares: dict[str, FairShares] = {}
 
@@ -247,10 +252,13 @@ class Cluster:
     def track(self, tracked: TrackedRequest) -> None:
         """Add a request."""
         self.requests[tracked.request.id] = tracked
+        if tracked.state is RequestState.WAITING:
+            self.waiting[tracked.request.id] = tracked
 
     def bind(self, tracked: TrackedRequest, instance: TrackedInstance) -> None:
         """WAITING -> DISPATCHED on ``instance``."""
         tracked.move(RequestState.DISPATCHED)
+        del self.waiting[tracked.request.id]
         tracked.instance, tracked.epoch = instance.id, instance.info.epoch
         instance.bind(tracked)
 
@@ -266,4 +274,5 @@ class Cluster:
         """End a request in ``state``."""
         self.unbind(tracked)
         tracked.move(state)
+        self.waiting.pop(tracked.request.id, None)
         del self.requests[tracked.request.id]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-RejectReason = Literal["slo_infeasible", "overloaded", "no_instance_ready", "unknown_model", "attempts_exhausted"]
+RejectReason = Literal["slo_infeasible", "overloaded", "no_instance_ready", "unknown_model"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,19 @@ Outcome = Literal["finished", "cancelled", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
+class Sent:
+    """What a client already has of an answer: ``num_tokens``, the first of them ``ttft_s`` after the arrival."""
+
+    num_tokens: int
+    ttft_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class RequestArrived:
     """A gateway asks where to send a request that reached it ``age_s`` ago.
 
-    ``attempt`` counts dispatches of this request that failed before; ``avoid`` names the instance that failed it.
+    ``attempt`` counts the instances that it was sent to before; ``avoid`` names the last of them. A request that goes
+    on from tokens that were ``sent`` counts them in its prompt.
     """
 
     request: Request
@@ -23,12 +32,13 @@ class RequestArrived:
     age_s: float
     attempt: int = 0
     avoid: str | None = None
+    sent: Sent | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RequestFinished:
-    """A request ended at its gateway. ``ttft_s`` is None when no token was sent; ``prompt_tokens_cached`` counts
-    prompt tokens whose KV was found."""
+    """A request ended at its gateway. ``output_tokens`` are all that its client got. ``ttft_s`` is None when no token
+    was sent; ``prompt_tokens_cached`` counts prompt tokens whose KV was found."""
 
     id: str
     outcome: Outcome
@@ -41,13 +51,15 @@ class RequestFinished:
 
 @dataclass(frozen=True, slots=True)
 class OpenRequest:
-    """A request that a gateway has in flight, told to a controller that has just started."""
+    """A request that a gateway has in flight, told to a controller that has just started. ``request`` and ``sent`` are
+    those of its last RequestArrived, ``output_tokens`` what came since."""
 
     request: Request
     age_s: float
     instance: str
     epoch: int
     output_tokens: int
+    sent: Sent | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,7 @@ class Gateway:
             controller=self.controller,
             instances=self._instances,
             metrics=self._metrics,
-            max_attempts=limits.max_attempts,
+            resume_wait_s=limits.resume_wait_s,
             now=self._now,
             answer_ended=self._answer_ended,
         )

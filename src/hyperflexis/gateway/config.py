@@ -42,7 +42,7 @@ class Limits:
     ``max_unsent_bytes`` of a stream unread, or reads nothing for ``stall_timeout_s`` while something waits for it, is
     cut and its request cancelled. ``controller_wait_s`` bounds the wait for a decision, and ``shutdown_grace_s`` the
     time that open streams get after SIGTERM.
-    ``max_attempts`` is how many instances may be tried for one request; ``max_choices`` bounds ``n`` times prompts.
+    A stream whose instance was lost waits ``resume_wait_s`` for another. ``max_choices`` bounds ``n`` times prompts.
     """
 
     max_body_bytes: int = 16 * MIB
@@ -55,7 +55,7 @@ class Limits:
     stall_timeout_s: float = 60.0
     controller_wait_s: float = 10.0
     shutdown_grace_s: float = 30.0
-    max_attempts: int = 3
+    resume_wait_s: float = 60.0
     max_choices: int = 128
 
 

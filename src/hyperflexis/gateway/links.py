@@ -36,6 +36,9 @@ class Asker(Protocol):
     def open_request(self) -> OpenRequest | None:
         """What is in flight, None while nothing is dispatched."""
 
+    def wait_s(self) -> float | None:
+        """How long to wait for an answer, None for the usual time."""
+
     def dispatched(self, dispatch: Dispatch) -> None:
         """The answer: go there."""
 
@@ -143,33 +146,32 @@ class ControllerLink:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
-            oldest = self._now() - self._wait_s
-            # Insertion order is the order of asking: the first young one ends the search.
-            late = []
-            for asker, asked_at in self._undecided.values():
-                if asked_at > oldest:
-                    break
-                late.append(asker)
+            now = self._now()
+            late = [asker for asker, asked_at in self._undecided.values() if now - asked_at > self._limit_s(asker)]
             for asker in late:
                 self._undecided.pop(asker.id, None)
                 asker.unanswered()
 
+    def _limit_s(self, asker: Asker) -> float:
+        wait_s = asker.wait_s()
+        return self._wait_s if wait_s is None else wait_s
+
 
 class Reader(Protocol):
-    """Who reads a stream of an instance."""
+    """Who reads a stream of an instance; ``attempt`` is what it gave to ``open``."""
 
     def generate(self, stream: int) -> wire.Generate:
         """The order, with durations that count from now."""
 
     def tokens(
-        self, now: float, token_ids: list[int], text: str | None, logprobs: list[wire.TokenLogprob] | None
+        self, attempt: int, now: float, token_ids: list[int], text: str | None, logprobs: list[wire.TokenLogprob] | None
     ) -> None:
         """What one iteration gave."""
 
-    def finish(self, finish: wire.Finish) -> None:
+    def finish(self, attempt: int, finish: wire.Finish) -> None:
         """The end, from the instance."""
 
-    def instance_lost(self, reason: str) -> None:
+    def instance_lost(self, attempt: int, reason: str) -> None:
         """The end, without a word."""
 
 
@@ -181,15 +183,15 @@ class InstanceLink:
         self._address = address
         self._instance = instance
         self._link: wire.Link | None = None
-        self._readers: dict[int, Reader] = {}
+        self._readers: dict[int, tuple[Reader, int]] = {}
         self._numbers = count(1)
         self._greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._connect())
 
-    def open(self, reader: Reader) -> int:
+    def open(self, reader: Reader, attempt: int) -> int:
         """Begin a stream, and return its number. It is sent once the link is up."""
         number = next(self._numbers)
-        self._readers[number] = reader
+        self._readers[number] = (reader, attempt)
         if self._link is not None:
             self._link.send(reader.generate(number))
         return number
@@ -226,8 +228,8 @@ class InstanceLink:
         self._link = None
         self._owner.forget(self._address, self)
         readers, self._readers = self._readers, {}
-        for reader in readers.values():
-            reader.instance_lost(f"instance {self._instance}: {reason}")
+        for reader, attempt in readers.values():
+            reader.instance_lost(attempt, f"instance {self._instance}: {reason}")
 
     # wire.Peer
 
@@ -238,7 +240,7 @@ class InstanceLink:
             link.close(f"{self._address} is {hello.role} {hello.id}, not instance {self._instance}")
             return
         self._link = link
-        for number, reader in list(self._readers.items()):
+        for number, (reader, _) in list(self._readers.items()):
             link.send(reader.generate(number))
 
     def link_lost(self, link: wire.Link, reason: str) -> None:
@@ -253,20 +255,22 @@ class InstanceLink:
         now = self._owner.now()
         readers, texts, logprobs = self._readers, message.texts, message.logprobs
         for i, number in enumerate(message.streams):
-            reader = readers.get(number)
-            if reader is None:
+            entry = readers.get(number)
+            if entry is None:
                 continue  # cancelled, with tokens still under way
+            reader, attempt = entry
+            text, entries = texts[i] if texts else None, logprobs[i] if logprobs else None
             try:
-                reader.tokens(now, message.tokens[i], texts[i] if texts else None, logprobs[i] if logprobs else None)
+                reader.tokens(attempt, now, message.tokens[i], text, entries)
             except Exception:
                 # One stream's bad tokens must not end the link of all the others.
                 _log.exception("instance %s sent what cannot be read", self._instance)
                 self.cancel(number)
-                reader.instance_lost(f"instance {self._instance}: sent what cannot be read")
+                reader.instance_lost(attempt, f"instance {self._instance}: sent what cannot be read")
         for finish in message.finished:
-            reader = readers.pop(finish.stream, None)
-            if reader is not None:
-                reader.finish(finish)
+            entry = readers.pop(finish.stream, None)
+            if entry is not None:
+                entry[0].finish(entry[1], finish)
 
 
 class InstanceLinks:

@@ -2,8 +2,8 @@
 
 A choice asks the controller, goes where it is sent, and hands text to its answer. Its rules:
 
-- While the client has seen nothing of it, a failed or refusing instance only costs an attempt: it is asked for again.
-  After that the answer ends with one clear error, since tokens drawn anew would not continue those already sent.
+- When its instance is lost or gives it back, it goes on elsewhere from the tokens that it has (core/stream.py). Too
+  many failures, or too long a wait for an instance, end the answer with one clear error.
 - The head of an answer waits for the first token: up to then every failure still has its proper status.
 - The client's leaving, a stop string, or the failure of a sibling choice cancels it at the instance.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import assert_never
 
@@ -22,10 +22,12 @@ import msgspec
 from .. import openai_api as api
 from ..core import events
 from ..core.effects import Decision, Dispatch, Reject
-from ..core.events import OpenRequest, RequestArrived, RequestFinished
+from ..core.events import OpenRequest, RequestArrived, RequestFinished, Sent
 from ..core.request import Request
+from ..core.stream import Repetition, Stream
+from ..errors import ProtocolError
 from ..metrics import GatewayMetrics, Outcome
-from ..wire import Finish, Generate, TokenLogprob
+from ..wire import Finish, Generate, TokenLogprob, pack_ids
 from . import sse
 from .http import Exchange
 from .intake import Intake, Prompt
@@ -43,7 +45,7 @@ class Services:
     controller: ControllerLink
     instances: InstanceLinks
     metrics: GatewayMetrics
-    max_attempts: int
+    resume_wait_s: float
     now: Callable[[], float]
     answer_ended: Callable[[Answer], None]
 
@@ -223,14 +225,17 @@ class Choice:
             prefix_keys=prompt.prefix_keys,
             fail_fast=promise.fail_fast,
         )
-        self._attempt = 0
+        self._stream = Stream(prompt.max_tokens)
+        self._sent_before = 0
         self._avoid: str | None = None
         self._link: InstanceLink | None = None
-        self._stream = 0
+        self._number = 0
         self._done = False
         self._first_at: float | None = None
         self._text_offset = 0
-        self._reset()
+        self._detokenizer = None if intake.text is None else intake.text.detokenizer(prompt.tail)
+        self._repetition = Repetition() if intake.text is None else None
+        self._stops = StopMatcher(intake.stops) if intake.stops else None
 
     def ask(self) -> None:
         """Ask the controller where to go."""
@@ -240,18 +245,27 @@ class Choice:
 
     def arrival(self) -> RequestArrived:
         """See links.Asker."""
-        return RequestArrived(self._request, self._services.gateway, self._age_s(), self._attempt, self._avoid)
+        request, sent = self._continued()
+        return RequestArrived(request, self._services.gateway, self._age_s(), self._stream.attempt, self._avoid, sent)
 
     def open_request(self) -> OpenRequest | None:
         """See links.Asker."""
         to = self.dispatch
-        return None if to is None else OpenRequest(self._request, self._age_s(), to.instance, to.epoch, self.num_tokens)
+        if to is None:
+            return None
+        request, sent = self._continued()
+        return OpenRequest(request, self._age_s(), to.instance, to.epoch, self.num_tokens - self._sent_before, sent)
+
+    def wait_s(self) -> float | None:
+        """See links.Asker."""
+        return self._services.resume_wait_s if self._stream.attempt else None
 
     def dispatched(self, dispatch: Dispatch) -> None:
         """See links.Asker."""
         self.dispatch = dispatch
+        attempt = self._stream.begin()
         self._link = self._services.instances.link(dispatch.address, dispatch.instance)
-        self._stream = self._link.open(self)
+        self._number = self._link.open(self, attempt)
 
     def rejected(self, reject: Reject) -> None:
         """See links.Asker."""
@@ -260,6 +274,10 @@ class Choice:
 
     def unanswered(self) -> None:
         """See links.Asker."""
+        if self._stream.attempt:
+            message = f"its instance was lost and no other was ready within {self._services.resume_wait_s:g} s"
+            self._answer.fail(api.ApiError(503, message, code="no_instance_ready", retry_after_s=2.0))
+            return
         message = "the controller is away and did not come back in time"
         self._answer.fail(api.ApiError(503, message, code="controller_unavailable", retry_after_s=2.0))
 
@@ -270,13 +288,17 @@ class Choice:
         to = self.dispatch
         assert to is not None
         intake, slo, age_s = self._answer.intake, self._request.slo, self._age_s()
-        expected = min(to.expected_output_tokens, float(self._prompt.max_tokens))
-        first_s = slo.first_token_by_s(expected)
-        pace_s = slo.pace_s(expected, 0.0 if first_s == inf else first_s)
+        sent = self._sent_before
+        expected = min(to.expected_output_tokens, float(self._prompt.max_tokens - sent))
+        first_s = slo.first_token_by_s(sent + expected)
+        pace_s = slo.pace_s(sent + expected, 0.0 if first_s == inf else first_s)
+        due_s = first_s
+        if sent and self._first_at is not None:
+            due_s = self._first_at - self._answer.arrived_at + sent * pace_s
         seed = intake.sampling.seed
         sampling = msgspec.structs.replace(
             intake.sampling,
-            max_tokens=self._prompt.max_tokens,
+            max_tokens=self._prompt.max_tokens - sent,
             # Choices of one seeded request must differ from each other.
             seed=None if seed is None else seed + self.index % intake.n,
         )
@@ -284,9 +306,9 @@ class Choice:
             stream=stream,
             request_id=self.id,
             epoch=to.epoch,
-            token_ids=self._prompt.token_ids,
+            token_ids=self._prompt.token_ids + pack_ids(self._stream.tokens),
             sampling=sampling,
-            first_due_s=None if first_s == inf else first_s - age_s,
+            first_due_s=None if due_s == inf else due_s - age_s,
             pace_s=None if pace_s == inf else pace_s,
             last_due_s=None if slo.e2e_s is None else slo.e2e_s - age_s,
             value=to.value,
@@ -297,12 +319,25 @@ class Choice:
             body=intake.body,
         )
 
-    def tokens(self, now: float, token_ids: list[int], text: str | None, logprobs: list[TokenLogprob] | None) -> None:
+    def tokens(
+        self, attempt: int, now: float, token_ids: list[int], text: str | None, logprobs: list[TokenLogprob] | None
+    ) -> None:
         """See links.Reader."""
+        if not self._stream.take(attempt, token_ids):
+            return
+        self.num_tokens += len(token_ids) or 1
+        if self._detokenizer is not None:
+            piece = self._detokenizer.push(token_ids)
+        else:
+            assert self._repetition is not None
+            try:
+                piece = self._repetition.push(text or "")
+            except ProtocolError as error:
+                message = f"the stream's instance was lost, and it cannot go on elsewhere: {error}"
+                self._answer.fail(api.ApiError(502, message, code="instance_lost"))
+                return
         if self._first_at is None:
             self._first_at = now
-        self.num_tokens += len(token_ids) or 1
-        piece = self._detokenizer.push(token_ids) if self._detokenizer is not None else text or ""
         if self._stops is None:
             self._answer.piece(self, piece, logprobs)
             return
@@ -310,82 +345,94 @@ class Choice:
         self._answer.piece(self, piece, logprobs)
         if stopped:
             assert self._link is not None
-            self._link.cancel(self._stream)
+            self._link.cancel(self._number)
             self._finish("stop", "")
 
-    def finish(self, finish: Finish) -> None:
+    def finish(self, attempt: int, finish: Finish) -> None:
         """See links.Reader."""
-        self._link = None
         match finish.reason:
             case "stop" | "length":
-                self.num_tokens = finish.num_output_tokens
-                self.cached_tokens = finish.cached_tokens
+                if self._repetition is not None and self._repetition.left:
+                    self.instance_lost(attempt, "its new answer is shorter than what was sent")
+                    return
+                if not self._stream.finish(attempt):
+                    return
+                self.num_tokens = self._sent_before + finish.num_output_tokens
+                if attempt == 1:
+                    self.cached_tokens = finish.cached_tokens
                 if self._detokenizer is None:
                     self.num_prompt_tokens = finish.num_prompt_tokens
-                rest = self._detokenizer.flush() if self._detokenizer is not None else ""
-                reason = finish.reason
-                if self._stops is not None:
-                    rest, stopped = self._stops.push(rest)
-                    if stopped:
-                        reason = "stop"
-                    else:
-                        rest += self._stops.flush()
                 if self._first_at is None and finish.num_output_tokens:
                     self._first_at = self._services.now()
-                self._finish(reason, rest)
-            case "invalid":
+                self._complete(finish.reason)
+            case "invalid" if not self._sent_before:
                 self._answer.fail(api.ApiError(400, finish.message, code="invalid_request"))
-            case "error":
-                message = f"the engine failed: {finish.message}"
-                self._answer.fail(api.ApiError(500, message, code="engine_error"))
-            case _:  # refused; or cancelled, which we did not ask for, or we would not read it
-                self._again(f"{finish.reason}: {finish.message}")
+            case _:  # error, refused; or cancelled, which we did not ask for, or we would not read it
+                self.instance_lost(attempt, f"{finish.reason}: {finish.message}")
 
-    def instance_lost(self, reason: str) -> None:
+    def instance_lost(self, attempt: int, reason: str) -> None:
         """See links.Reader."""
-        self._link = None
-        self._again(reason)
+        match self._stream.lose(attempt):
+            case None:
+                pass
+            case "complete":
+                self._complete("length")
+            case "exhausted":
+                message = f"{self._stream.failures} instances failed this request; the last: {reason}"
+                self._answer.fail(api.ApiError(503, message, code="attempts_exhausted", retry_after_s=1.0))
+            case "resume":
+                assert self.dispatch is not None
+                self._link = None
+                _log.info("request %s goes on elsewhere after %d tokens: %s", self.id, self.num_tokens, reason)
+                self._services.metrics.redispatched(self._request.model)
+                self._avoid = self.dispatch.instance
+                self.dispatch = None
+                self._sent_before = len(self._stream.tokens)
+                if self._repetition is not None:
+                    self._repetition.again()
+                    self.num_tokens = 0
+                self.ask()
+            case loss:
+                assert_never(loss)
 
     # ends
 
     def abandon(self, outcome: events.Outcome, detail: str) -> None:
         """The answer is over for another reason. Does nothing when this choice is over already."""
         if self._link is not None and not self._done:
-            self._link.cancel(self._stream)
+            self._link.cancel(self._number)
             self._link = None
+        self._stream.stop()
         self._end(outcome, detail)
 
-    def _again(self, reason: str) -> None:
-        assert self.dispatch is not None
-        if self.sent:
-            message = f"the stream broke: {reason}"
-            self._answer.fail(api.ApiError(502, message, code="instance_lost"))
-            return
-        self._attempt += 1
-        if self._attempt >= self._services.max_attempts:
-            message = f"{self._attempt} instances failed this request; the last: {reason}"
-            self._answer.fail(api.ApiError(503, message, code="attempts_exhausted", retry_after_s=1.0))
-            return
-        _log.info("request %s is asked for again: %s", self.id, reason)
-        self._services.metrics.redispatched(self._request.model)
-        self._avoid = self.dispatch.instance
-        self.dispatch = None
-        self._reset()
-        self.ask()
+    def _continued(self) -> tuple[Request, Sent | None]:
+        """The request as it was last asked for, and what had been sent of it."""
+        sent = self._sent_before
+        if not sent:
+            return self._request, None
+        assert self._first_at is not None
+        request = replace(
+            self._request,
+            num_prompt_tokens=self._request.num_prompt_tokens + sent,
+            max_output_tokens=self._request.max_output_tokens - sent,
+        )
+        return request, Sent(sent, self._first_at - self._answer.arrived_at)
 
-    def _reset(self) -> None:
-        """Forget what an instance sent and the client did not see."""
-        intake = self._answer.intake
-        self.pieces.clear()
-        self.logprobs.clear()
-        self.num_tokens = 0
-        self._first_at = None
-        self._detokenizer = None if intake.text is None else intake.text.detokenizer(self._prompt.tail)
-        self._stops = StopMatcher(intake.stops) if intake.stops else None
+    def _complete(self, reason: str) -> None:
+        """All tokens are there: out with what was held back."""
+        rest = self._detokenizer.flush() if self._detokenizer is not None else ""
+        if self._stops is not None:
+            rest, stopped = self._stops.push(rest)
+            if stopped:
+                reason = "stop"
+            else:
+                rest += self._stops.flush()
+        self._finish(reason, rest)
 
     def _finish(self, reason: str, rest: str) -> None:
         self.finish_reason = reason
         self._link = None
+        self._stream.stop()
         # The last bytes leave before anything is told of them.
         self._answer.choice_done(self, rest)
         self._end("finished")
@@ -457,7 +504,7 @@ def _rejection(reject: Reject) -> api.ApiError:
     match reason:
         case "slo_infeasible" | "overloaded":
             status = 429
-        case "no_instance_ready" | "attempts_exhausted":
+        case "no_instance_ready":
             status = 503
         case "unknown_model":
             return api.ApiError(404, reject.message, param="model", code="model_not_found")

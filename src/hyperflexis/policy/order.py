@@ -43,7 +43,7 @@ def subset_with(
     without.take(before)
     with_job = without.fork()
     with_job.take((job,))
-    is_alone = with_job.dropped == without.dropped | {job.id}
+    is_alone = job.id in with_job.dropped and len(with_job.dropped) == len(without.dropped) + 1
     without.take(after)
     kept_without, value_without = without.kept_of(ordered)
     if is_alone and job.value <= value_without:

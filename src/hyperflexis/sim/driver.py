@@ -22,7 +22,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from math import ceil, inf
+from math import ceil
 from random import Random
 from typing import assert_never
 
@@ -30,7 +30,7 @@ from ..batcher import Batch, Batcher, BatcherConfig, RequestTooLong
 from ..batcher import Sequence as BatcherSequence
 from ..controller import Controller, ControllerConfig
 from ..core.effects import Dispatch, Effect, Reject
-from ..core.events import Event, InstanceJoined, InstanceLeft, InstanceReported, RequestArrived, RequestFinished
+from ..core.events import Event, InstanceJoined, InstanceLeft, InstanceReported, RequestFinished
 from ..core.instance import InstanceInfo, InstanceReport
 from ..core.latency import OnlineFit
 from ..core.lengths import LengthModel
@@ -38,12 +38,12 @@ from ..core.profile import Profile
 from ..core.record import Record, RecordOutcome, Run
 from ..core.request import Request
 from ..policy.catalog import STEPS, Policy
+from .client import Client
 from .faults import Fault
-from .workload import Arrival, block_keys, prefix_keys
+from .workload import Arrival, prefix_keys
 
 MODEL = "model"
 """The name of the one model where a workload names none."""
-GATEWAY = "gateway"
 LEAP = 256
 """Iterations computed ahead at once: an arrival throws the rest away."""
 REPORT_S = 0.1
@@ -127,20 +127,6 @@ def simulate(
 
 
 @dataclass(slots=True, eq=False)
-class _Client:
-    """A request as its client sees it."""
-
-    id: str
-    arrival: Arrival
-    request: Request
-    attempt: int = 0
-    seq: BatcherSequence | None = None
-    instance: str = ""
-    first_token_at: float | None = None
-    ended: bool = False
-
-
-@dataclass(slots=True, eq=False)
 class _Instance:
     """An engine process: its Batcher, and the iterations under way.
 
@@ -176,11 +162,10 @@ class _Simulation:
         self._sequence = 0
         self._counters = SimCounters()
         self._timeline: list[Sample] = []
-        self._clients: dict[str, _Client] = {}
+        self._clients: dict[str, Client] = {}
         self._records: list[Record | None] = [None] * len(arrivals)
         self._open = len(arrivals)
         self._ended_at = duration_s
-        self._waiting_for_instance: list[_Client] = []
         profile = config.profile
         self._sizes = BatcherConfig(
             num_blocks=max(profile.kv_capacity_tokens // config.block_size, 1),
@@ -252,11 +237,19 @@ class _Simulation:
 
     # The controller and its effects
 
-    def _tell(self, event: Event, now: float) -> list[Effect]:
+    def _tell(self, event: Event, now: float) -> None:
         effects = self._controller.handle(event, now)
         if self._observe is not None:
             self._observe(now, event, effects)
-        return effects
+        for effect in effects:
+            client = self._clients[effect.request_id]
+            match effect:
+                case Dispatch():
+                    self._dispatch(client, effect, now)
+                case Reject():
+                    self._end(client, "rejected", now, detail=effect.reason)
+                case _:
+                    assert_never(effect)
 
     def _arrive(self, index: int, now: float) -> None:
         arrival = self._arrivals[index]
@@ -273,43 +266,18 @@ class _Simulation:
             arrival.num_output_tokens if exact else max(context, 1),
             prefix_keys(arrival),
         )
-        client = _Client(request.id, arrival, request)
+        client = Client(arrival, request)
         self._clients[request.id] = client
-        self._ask(client, now)
+        self._tell(client.ask(now), now)
 
-    def _ask(self, client: _Client, now: float, avoid: str | None = None) -> None:
-        event = RequestArrived(client.request, GATEWAY, now - client.arrival.t, client.attempt, avoid)
-        for effect in self._tell(event, now):
-            match effect:
-                case Dispatch():
-                    self._dispatch(client, effect, now)
-                case Reject():
-                    self._end(client, "rejected", now, detail=effect.reason)
-                case _:
-                    assert_never(effect)
-
-    def _dispatch(self, client: _Client, effect: Dispatch, now: float) -> None:
+    def _dispatch(self, client: Client, effect: Dispatch, now: float) -> None:
         instance = self._instances[int(effect.instance)]
-        slo, arrived_at = client.request.slo, client.arrival.t
-        expected = effect.expected_output_tokens
-        client.instance = effect.instance
-        client.seq = BatcherSequence(
-            client.id,
-            client.request.num_prompt_tokens,
-            client.request.max_output_tokens,
-            keys=block_keys(client.arrival, self._sizes.block_size) if self._sizes.prefix_reuse else [],
-            value=effect.value,
-            first_due=arrived_at + slo.first_token_by_s(expected),
-            pace_limit_s=inf if slo.tpot_s is None else slo.tpot_s,
-            last_due=inf if slo.e2e_s is None else arrived_at + slo.e2e_s,
-            expected_output_tokens=expected,
-            payload=client,
-        )
+        seq = client.dispatched(effect, self._sizes.block_size if self._sizes.prefix_reuse else None)
         self._settle(instance, now, cut=True)
         try:
-            instance.batcher.add(client.seq, now)
+            instance.batcher.add(seq, now)
         except RequestTooLong as error:
-            self._tell(RequestFinished(client.id, "failed", 0, None, now - arrived_at), now)
+            self._tell(RequestFinished(client.id, "failed", 0, None, now - client.arrival.t), now)
             self._end(client, "failed", now, detail=str(error))
             return
         if instance.batch is None and instance.up:
@@ -401,7 +369,7 @@ class _Simulation:
         ended = self._last_tokens_of(instance, batch)
         for emitted in instance.batcher.commit_sizes(batch, ended, now, instance.seconds[0]):
             client = emitted.seq.payload
-            assert isinstance(client, _Client)
+            assert isinstance(client, Client)
             if client.first_token_at is None:
                 client.first_token_at = now
             if emitted.finish is not None:
@@ -429,28 +397,28 @@ class _Simulation:
         if not domain.contains(batch.prefill_tokens, batch.num_decodes, batch.kv_tokens):
             self._counters.outside_s += sum(seconds)
 
-    def _finished(self, client: _Client, now: float) -> None:
-        seq = client.seq
-        assert seq is not None and client.first_token_at is not None
+    def _finished(self, client: Client, now: float) -> None:
+        assert client.first_token_at is not None
         arrived_at = client.arrival.t
+        client.stream.finish(client.stream.attempt)
         event = RequestFinished(
             client.id,
             "finished",
-            seq.output_tokens,
+            client.num_tokens,
             client.first_token_at - arrived_at,
             now - arrived_at,
-            seq.cached_tokens,
+            client.cached_tokens,
         )
         self._end(client, "finished", now)
         self._tell(event, now)
 
-    def _end(self, client: _Client, outcome: RecordOutcome, now: float, detail: str = "") -> None:
+    def _end(self, client: Client, outcome: RecordOutcome, now: float, detail: str = "") -> None:
         assert not client.ended, "a request ends once"
         client.ended = True
         del self._clients[client.id]
         self._open -= 1
         self._ended_at = max(self._ended_at, now)
-        self._records[int(client.id[1:])] = _record(client, outcome, now, detail)
+        self._records[int(client.id[1:])] = client.record(outcome, now, detail)
 
     # Reports
 
@@ -549,7 +517,7 @@ class _Simulation:
         self._push(now + fault.for_s, _FAULT, (fault, instance.info.epoch))
 
     def _kill(self, instance: _Instance, now: float) -> None:
-        """Its process ends: streams that have begun fail, the others are asked for again."""
+        """Its process ends: its streams go on elsewhere."""
         instance.up = False
         instance.batch = None
         instance.version += 1
@@ -558,15 +526,17 @@ class _Simulation:
         self._tell(InstanceLeft(info.id, info.epoch, "killed"), now)
         for seq in instance.batcher.sequences():
             client = seq.payload
-            assert isinstance(client, _Client)
-            if client.first_token_at is None:
-                client.attempt += 1
-                self._ask(client, now, avoid=info.id)
-            else:
-                spent = now - client.arrival.t
-                first = client.first_token_at - client.arrival.t
-                self._tell(RequestFinished(client.id, "failed", seq.output_tokens, first, spent), now)
-                self._end(client, "failed", now, detail="its instance was lost")
+            assert isinstance(client, Client)
+            match client.lost():
+                case "resume":
+                    self._tell(client.ask(now), now)
+                case "complete":
+                    self._finished(client, now)
+                case _:
+                    spent, first = now - client.arrival.t, client.first_token_at
+                    ttft_s = None if first is None else first - client.arrival.t
+                    self._tell(RequestFinished(client.id, "failed", client.num_tokens, ttft_s, spent), now)
+                    self._end(client, "failed", now, detail="too many instances failed it")
 
     def _fault_over(self, fault: Fault, epoch: int, now: float) -> None:
         instance = self._instances[fault.instance]
@@ -611,31 +581,12 @@ class _KnownLengths(LengthModel):
 
 
 def _length(seq: BatcherSequence) -> int:
-    """Output tokens that the request will have, which the Batcher does not know."""
     client = seq.payload
-    assert isinstance(client, _Client)
-    return min(client.arrival.num_output_tokens, seq.max_output_tokens)
+    assert isinstance(client, Client)
+    return client.length
 
 
 def _next_tick(now: float) -> float:
     """The first multiple of REPORT_S after ``now``."""
     tick = ceil(now / REPORT_S) * REPORT_S
     return tick if tick > now else (round(now / REPORT_S) + 1) * REPORT_S
-
-
-def _record(client: _Client, outcome: RecordOutcome, now: float, detail: str) -> Record:
-    arrival, seq = client.arrival, client.seq
-    first = client.first_token_at
-    return Record(
-        arrival.slo_class,
-        arrival.slo,
-        arrival.t,
-        arrival.num_prompt_tokens,
-        arrival.num_output_tokens,
-        outcome,
-        None if first is None else first - arrival.t,
-        now - arrival.t if outcome == "finished" else None,
-        0 if seq is None else seq.output_tokens,
-        client.instance,
-        detail,
-    )

@@ -1,0 +1,117 @@
+"""A request as its client sees it: the gateway's part of a simulation, on the gateway's own stream code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from math import inf
+
+from ..batcher import Sequence
+from ..core.effects import Dispatch
+from ..core.events import RequestArrived, Sent
+from ..core.record import Record, RecordOutcome
+from ..core.request import Request
+from ..core.stream import Loss, Stream
+from .workload import Arrival, block_keys
+
+GATEWAY = "gateway"
+
+
+@dataclass(slots=True, eq=False)
+class Client:
+    """``request`` is what was asked first. ``seq`` is what its instance has of it, and ``length`` the output tokens that
+    it will compute, which no scheduler knows. ``first_token_at`` is on the run's clock. Tokens of ``stream`` are their
+    positions."""
+
+    arrival: Arrival
+    request: Request
+    stream: Stream = field(init=False)
+    seq: Sequence | None = None
+    instance: str = ""
+    length: int = 0
+    avoid: str | None = None
+    first_token_at: float | None = None
+    ended: bool = False
+
+    def __post_init__(self) -> None:
+        self.stream = Stream(self.request.max_output_tokens)
+
+    @property
+    def id(self) -> str:
+        """The request's id."""
+        return self.request.id
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that it has."""
+        running = self.seq.output_tokens if self.seq is not None else 0
+        return len(self.stream.tokens) + running
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that were found in the KV cache."""
+        return 0 if self.seq is None else self.seq.cached_tokens
+
+    def ask(self, now: float) -> RequestArrived:
+        """Where to send it?"""
+        request, sent = self.request, None
+        if self.stream.tokens:
+            assert self.first_token_at is not None
+            count = len(self.stream.tokens)
+            sent = Sent(count, self.first_token_at - self.arrival.t)
+            request = replace(
+                request,
+                num_prompt_tokens=request.num_prompt_tokens + count,
+                max_output_tokens=request.max_output_tokens - count,
+            )
+        return RequestArrived(request, GATEWAY, now - self.arrival.t, self.stream.attempt, self.avoid, sent)
+
+    def dispatched(self, to: Dispatch, block_size: int | None) -> Sequence:
+        """What the instance gets; ``block_size`` None: its cache shares no prefixes."""
+        self.stream.begin()
+        slo, arrived_at, count = self.request.slo, self.arrival.t, len(self.stream.tokens)
+        expected = to.expected_output_tokens
+        due = arrived_at + slo.first_token_by_s(count + expected)
+        if count:
+            assert self.first_token_at is not None
+            due = self.first_token_at + count * slo.pace_s(count + expected, 0.0 if due == inf else due - arrived_at)
+        self.instance = to.instance
+        self.length = min(self.arrival.num_output_tokens, self.request.max_output_tokens) - count
+        self.seq = Sequence(
+            self.id,
+            self.request.num_prompt_tokens + count,
+            self.request.max_output_tokens - count,
+            keys=[] if block_size is None else block_keys(self.arrival, block_size),
+            value=to.value,
+            first_due=due,
+            pace_limit_s=inf if slo.tpot_s is None else slo.tpot_s,
+            last_due=inf if slo.e2e_s is None else arrived_at + slo.e2e_s,
+            expected_output_tokens=expected,
+            payload=self,
+        )
+        return self.seq
+
+    def lost(self) -> Loss | None:
+        """Its instance is gone."""
+        assert self.seq is not None
+        count, attempt = len(self.stream.tokens), self.stream.attempt
+        self.stream.take(attempt, range(count, count + self.seq.output_tokens))
+        self.seq = None
+        self.avoid = self.instance
+        return self.stream.lose(attempt)
+
+    def record(self, outcome: RecordOutcome, now: float, detail: str) -> Record:
+        """What became of it."""
+        arrival, first = self.arrival, self.first_token_at
+        return Record(
+            arrival.slo_class,
+            arrival.slo,
+            arrival.t,
+            arrival.num_prompt_tokens,
+            arrival.num_output_tokens,
+            outcome,
+            None if first is None else first - arrival.t,
+            now - arrival.t if outcome == "finished" else None,
+            self.num_tokens,
+            self.instance,
+            detail,
+        )
