@@ -47,6 +47,18 @@ def _serve(args: argparse.Namespace) -> int:
     return 0
 
 
+def _drain_arguments(parser: argparse.ArgumentParser) -> None:
+    from .drain import add_arguments
+
+    add_arguments(parser)
+
+
+def _drain(args: argparse.Namespace) -> int:
+    from .drain import run
+
+    return run(args)
+
+
 def _instance_arguments(parser: argparse.ArgumentParser) -> None:
     from .config import ENGINE_ARGS
     from .policy.catalog import STEPS
@@ -203,6 +215,7 @@ def _config_docs(_: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, Command] = {
     "serve": Command("start a fleet and keep it running", _serve_arguments, _serve),
+    "drain": Command("empty an instance without losing a stream", _drain_arguments, _drain),
     "instance": Command("run one engine", _instance_arguments, _instance),
     "make-model": Command(
         "make a small random model, to try things without a download", _make_model_arguments, _make_model

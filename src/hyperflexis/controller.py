@@ -8,6 +8,9 @@
     InstanceLeft      -> nothing                     its gateways see their links break and ask where to go on
     GatewayJoined     -> nothing                     requests in flight are taken over (after a controller's restart)
     GatewayLeft       -> nothing                     its requests died with it
+    DrainAsked        -> Drain                       it gets nothing new; what is left goes on elsewhere, if it can
+    InstanceDraining  -> nothing                     the same, where the instance itself was told
+    Tick              -> Suspect, Evacuate           an instance hangs or is slow: its requests go on elsewhere
 
 The same code runs live, in the simulator and in replay. Time is an argument: seconds of one monotonic clock.
 """
@@ -19,11 +22,13 @@ from math import inf
 from typing import assert_never
 
 from .core.cluster import Cluster, TrackedInstance, TrackedRequest, prefix_holders
-from .core.effects import Decision, Dispatch, Effect, Reject, RejectReason
+from .core.effects import Decision, Dispatch, Drain, Effect, Evacuate, Reject, RejectReason, Suspect
 from .core.events import (
+    DrainAsked,
     Event,
     GatewayJoined,
     GatewayLeft,
+    InstanceDraining,
     InstanceJoined,
     InstanceLeft,
     InstanceReported,
@@ -31,8 +36,9 @@ from .core.events import (
     RequestArrived,
     RequestFinished,
     Sent,
+    Tick,
 )
-from .core.instance import InstanceInfo, InstanceState
+from .core.instance import InstanceState
 from .core.lengths import LengthModel
 from .core.request import Request, RequestState
 from .core.shares import FairShares
@@ -89,23 +95,34 @@ class Controller:
             case RequestFinished():
                 self._finished(event)
             case InstanceJoined():
-                return self._instance_joined(event.info, now)
+                return self._instance_joined(event, now)
             case InstanceReported():
                 instance = self.cluster.current(event.report.id, event.report.epoch)
                 if instance is not None:
                     instance.take_report(event.report, now)
+                    if instance.state is InstanceState.SUSPECTED and now >= instance.health.until:
+                        instance.move(InstanceState.READY)
+                        instance.health.trust(now)
                     if self.cluster.waiting:
                         return self._place_waiting(instance.info.model, now)
             case InstanceLeft():
                 instance = self.cluster.current(event.id, event.epoch)
                 if instance is not None:
                     self._instance_left(instance)
+            case InstanceDraining():
+                instance = self.cluster.current(event.id, event.epoch)
+                if instance is not None and instance.takes_work:
+                    instance.move(InstanceState.DRAINING)
+            case DrainAsked():
+                return self._drain(event)
             case GatewayJoined():
                 self._gateway_left(event.gateway)
                 for open_request in event.open:
                     self._adopt(open_request, event.gateway, now)
             case GatewayLeft():
                 self._gateway_left(event.gateway)
+            case Tick():
+                return self._watch(now)
             case _:
                 assert_never(event)
         return []
@@ -119,7 +136,7 @@ class Controller:
             # It was accepted, and is not refused for what happened to its instance: until another is there, or the same
             # tells that it lives, it waits.
             others = [instance for instance in ready if instance.id != event.avoid]
-            return [self._dispatch(tracked, *self._choose(tracked, others, now))] if others else []
+            return [self._dispatch(tracked, *self._choose(tracked, others, now), now)] if others else []
         if model not in self.config.models:
             return [self._reject(tracked, "unknown_model", f"no model {model!r} in this fleet")]
         if not ready:
@@ -134,10 +151,12 @@ class Controller:
         if (event.request.fail_fast or self._policy.fail_fast) and not placement.on_time:
             late_s = placement.predicted_ttft_s - (tracked.first_due - tracked.arrived_at)
             return [self._reject(tracked, "slo_infeasible", _infeasible(tracked, placement), max(late_s, 1.0))]
-        return [self._dispatch(tracked, placement, decision)]
+        return [self._dispatch(tracked, placement, decision, now)]
 
-    def _dispatch(self, tracked: TrackedRequest, placement: Placement, decision: Decision) -> Dispatch:
+    def _dispatch(self, tracked: TrackedRequest, placement: Placement, decision: Decision, now: float) -> Dispatch:
         instance = self.cluster.instances[placement.instance]
+        if not instance.requests:
+            instance.health.alive_at = now
         self.cluster.bind(tracked, instance)
         return Dispatch(
             tracked.request.id,
@@ -224,7 +243,8 @@ class Controller:
                 assert_never(event.outcome)
         self.cluster.forget(tracked, state)
 
-    def _instance_joined(self, info: InstanceInfo, now: float) -> list[Effect]:
+    def _instance_joined(self, event: InstanceJoined, now: float) -> list[Effect]:
+        info = event.info
         known = self.cluster.instances.get(info.id)
         if known is not None:
             if known.info.epoch > info.epoch:
@@ -233,8 +253,11 @@ class Controller:
                 return []  # the same instance after its link was cut
             self._instance_left(known)
         instance = self.cluster.join(info)
+        instance.health.alive_at = now
         for state in (InstanceState.STANDBY, InstanceState.LOADING, InstanceState.READY):
             instance.move(state)
+        if event.draining:
+            instance.move(InstanceState.DRAINING)
         for tracked in self.cluster.requests.values():
             if tracked.instance == info.id and tracked.epoch == info.epoch:
                 instance.bind(tracked)
@@ -243,7 +266,37 @@ class Controller:
     def _place_waiting(self, model: str, now: float) -> list[Effect]:
         ready = self.cluster.ready(model)
         waiting = [tracked for tracked in self.cluster.waiting.values() if tracked.request.model == model]
-        return [self._dispatch(tracked, *self._choose(tracked, ready, now)) for tracked in waiting if ready]
+        return [self._dispatch(tracked, *self._choose(tracked, ready, now), now) for tracked in waiting if ready]
+
+    def _drain(self, event: DrainAsked) -> list[Effect]:
+        instance = self.cluster.instances.get(event.instance)
+        if instance is None:
+            return []
+        if event.on and instance.takes_work:
+            instance.move(InstanceState.DRAINING)
+        elif not event.on and instance.state is InstanceState.DRAINING:
+            instance.move(InstanceState.READY)
+        # What could go nowhere else runs to its end here.
+        limit_s = event.limit_s if self.cluster.ready(instance.info.model) else None
+        return [Drain(instance.id, instance.info.epoch, limit_s, event.on)]
+
+    def _watch(self, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        for instance in self.cluster.instances.values():
+            if instance.state is InstanceState.READY:
+                reason = _suspicion(instance, now)
+                if reason:
+                    instance.move(InstanceState.SUSPECTED)
+                    hold_s = instance.health.suspect(now)
+                    effects.append(Suspect(instance.id, instance.info.epoch, reason, hold_s))
+        for instance in self.cluster.instances.values():
+            if instance.state is InstanceState.SUSPECTED and instance.requests:
+                others = self.cluster.ready(instance.info.model)
+                if others[0].state is InstanceState.READY:
+                    hung = instance.health.is_hung(now, instance.longest_iteration_s())
+                    reason = "it hangs" if hung else "it is slow"
+                    effects.append(Evacuate(instance.id, instance.info.epoch, reason, hung))
+        return effects
 
     def _instance_left(self, instance: TrackedInstance) -> None:
         # Their gateways know what was sent: they ask where to go on.
@@ -259,6 +312,7 @@ class Controller:
         self.cluster.track(tracked)
         instance = self.cluster.current(opened.instance, opened.epoch)
         if instance is not None:
+            instance.health.alive_at = now
             instance.bind(tracked)
 
     def _gateway_left(self, gateway: str) -> None:
@@ -285,6 +339,18 @@ class Controller:
         cluster.lengths, cluster.shares = snapshot.lengths, snapshot.shares
         controller._memory, controller._shadow_memory = snapshot.memory, snapshot.shadow_memory
         return controller
+
+
+def _suspicion(instance: TrackedInstance, now: float) -> str:
+    """What is wrong with an instance that has something to do; empty when nothing is."""
+    health = instance.health
+    if not instance.requests:
+        return ""
+    if health.is_hung(now, instance.longest_iteration_s()):
+        return f"no iteration for {now - health.alive_at:.1f} s"
+    if health.is_slow():
+        return f"iterations take {health.work_s / health.expected_s:.1f} times as long as expected"
+    return ""
 
 
 def _as_asked(request: Request, sent_tokens: int) -> Request:

@@ -7,8 +7,10 @@ The first frame in each direction is ``Hello``; a peer of another version is ref
 Who talks to whom:
 
     gateway    -> controller   RequestArrived, RequestFinished, GatewayJoined
-    controller -> gateway      Dispatch, Reject, Fleet
-    instance   -> controller   InstanceJoined, InstanceReported
+    controller -> gateway      Dispatch, Reject, Evacuate, Fleet
+    instance   -> controller   InstanceJoined, InstanceReported, InstanceDraining
+    operator   -> controller   DrainAsked
+    controller -> operator     Fleet
     controller -> instance     Drain
     gateway    -> instance     Generate, Cancel
     instance   -> gateway      Output
@@ -92,9 +94,9 @@ class Cancel(msgspec.Struct, frozen=True):
 
 
 class Finish(msgspec.Struct, frozen=True, array_like=True):
-    """A stream's end. ``reason``: stop, length, cancelled, refused (nothing was computed; send it elsewhere), invalid
-    (no instance can serve it as it is) or error. ``num_prompt_tokens`` and ``num_output_tokens`` are the engine's own
-    counts."""
+    """A stream's end. ``reason``: stop, length, cancelled, refused (nothing was computed; send it elsewhere), moved (it
+    is to go on elsewhere), invalid (no instance can serve it as it is) or error. ``num_prompt_tokens`` and
+    ``num_output_tokens`` are the engine's own counts."""
 
     stream: int
     reason: str
@@ -136,16 +138,12 @@ class ModelStatus(msgspec.Struct, frozen=True):
 
 class Fleet(msgspec.Struct, frozen=True):
     """Controller to gateways: models and the last report of each instance. Sent when readiness changes and every
-    second. A model without a ready instance keeps its last known context length."""
+    second. A model without a ready instance keeps its last known context length. ``notices`` says of instances that get
+    no new work why."""
 
     models: dict[str, ModelStatus]
     reports: list[InstanceReport]
-
-
-class Drain(msgspec.Struct, frozen=True):
-    """Controller to instance: take nothing new, finish what runs."""
-
-    epoch: int
+    notices: dict[str, str] = {}
 
 
 MESSAGES: tuple[type, ...] = (
@@ -160,8 +158,11 @@ MESSAGES: tuple[type, ...] = (
     events.InstanceReported,
     effects.Dispatch,
     effects.Reject,
+    effects.Evacuate,
     Fleet,
-    Drain,
+    effects.Drain,
+    events.DrainAsked,
+    events.InstanceDraining,
 )
 _CODE = {kind: code for code, kind in enumerate(MESSAGES)}
 _DECODERS: tuple[msgspec.msgpack.Decoder[Any], ...] = tuple(msgspec.msgpack.Decoder(kind) for kind in MESSAGES)

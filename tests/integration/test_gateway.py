@@ -227,7 +227,7 @@ async def test_tenants(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("reason", "status"),
-    [("slo_infeasible", 429), ("overloaded", 429), ("no_instance_ready", 503), ("attempts_exhausted", 503)],
+    [("slo_infeasible", 429), ("overloaded", 429), ("no_instance_ready", 503)],
 )
 async def test_a_rejection_says_why(one: Site, reason: str, status: int) -> None:
     one.fleet.reject = Reject("", "", reason, "because", 2.0)  # type: ignore[arg-type]

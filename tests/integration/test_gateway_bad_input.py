@@ -17,6 +17,7 @@ from hyperflexis.fd_limit import raise_fd_limit
 from hyperflexis.gateway.config import Limits
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n"
+LONG = 1 << 30
 COMPLETION = {"model": "m", "prompt": "hi"}
 
 
@@ -279,7 +280,7 @@ async def test_slow_and_idle_connections_are_closed(tmp_path: Path) -> None:
 
 async def test_a_client_that_reads_nothing_is_cut_and_its_request_cancelled(tmp_path: Path) -> None:
     limits = Limits(max_unsent_bytes=100_000, shutdown_grace_s=0.0)
-    async with site(tmp_path, limits=limits) as found:
+    async with site(tmp_path, limits=limits, context_length=LONG) as found:
         _reader, writer = await found.connect_reading_nothing()
         writer.write(framed({**CHAT, "stream": True}))
         stream = await found.stream()
@@ -292,7 +293,7 @@ async def test_a_client_that_reads_nothing_is_cut_and_its_request_cancelled(tmp_
 
 async def test_a_client_that_reads_late_but_reads_gets_everything(tmp_path: Path) -> None:
     limits = Limits(max_unsent_bytes=50 << 20, stall_timeout_s=60.0, shutdown_grace_s=0.0)
-    async with site(tmp_path, limits=limits) as found:
+    async with site(tmp_path, limits=limits, context_length=LONG) as found:
         reader, writer = await found.connect_reading_nothing()
         writer.write(framed({**CHAT, "stream": True}))
         stream = await found.stream()
@@ -315,7 +316,7 @@ async def test_a_client_that_reads_late_but_reads_gets_everything(tmp_path: Path
 
 async def test_a_client_that_stops_reading_for_long_is_cut(tmp_path: Path) -> None:
     limits = Limits(max_unsent_bytes=50 << 20, stall_timeout_s=0.3, shutdown_grace_s=0.0)
-    async with site(tmp_path, limits=limits) as found:
+    async with site(tmp_path, limits=limits, context_length=LONG) as found:
         _reader, writer = await found.connect_reading_nothing()
         writer.write(framed({**CHAT, "stream": True}))
         stream = await found.stream()
@@ -325,7 +326,13 @@ async def test_a_client_that_stops_reading_for_long_is_cut(tmp_path: Path) -> No
         assert await soon(found.fleet.cancels.get()) == ("i0", stream.order.stream)
 
 
-async def test_a_client_that_reads_one_byte_at_a_time_slows_nobody_and_is_cut(one: Site) -> None:
+@pytest.fixture
+async def long(tmp_path: Path) -> AsyncIterator[Site]:
+    async with site(tmp_path, context_length=LONG) as found:
+        yield found
+
+
+async def test_a_client_that_reads_one_byte_at_a_time_slows_nobody_and_is_cut(long: Site) -> None:
     loop = asyncio.get_running_loop()
     got = bytearray()
     size = 1
@@ -340,12 +347,12 @@ async def test_a_client_that_reads_one_byte_at_a_time_slows_nobody_and_is_cut(on
     with socket.socket() as slow_socket:
         slow_socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow_socket.setblocking(False)
-        await loop.sock_connect(slow_socket, ("127.0.0.1", one.port))
+        await loop.sock_connect(slow_socket, ("127.0.0.1", long.port))
         await loop.sock_sendall(slow_socket, framed({**CHAT, "stream": True}))
-        slow = await one.stream()
+        slow = await long.stream()
         (connection,) = (
             c
-            for c in one.gateway.http.connections
+            for c in long.gateway.http.connections
             if c.transport.get_extra_info("peername") == slow_socket.getsockname()
         )
         reading = asyncio.create_task(read_bytes())
@@ -354,22 +361,22 @@ async def test_a_client_that_reads_one_byte_at_a_time_slows_nobody_and_is_cut(on
             assert said < 64 << 20
             slow.say("a" * 50_000)
             said += 50_000
-            await one.client.get("/health")
+            await long.client.get("/health")
         async with asyncio.timeout(1.0):
-            answer = one.post(CHAT)
-            (await one.stream()).say("x", "stop")
+            answer = long.post(CHAT)
+            (await long.stream()).say("x", "stop")
             assert (await answer).status_code == 200
-        assert (await soon(one.fleet.ended.get())).outcome == "finished"
+        assert (await soon(long.fleet.ended.get())).outcome == "finished"
         assert not reading.done() and 0 < len(got) < said, "the slow one is neither cut nor done meanwhile"
-        assert one.fleet.cancels.empty()
-        cancel = asyncio.create_task(one.fleet.cancels.get())
+        assert long.fleet.cancels.empty()
+        cancel = asyncio.create_task(long.fleet.cancels.get())
         while not cancel.done():
             assert said < 64 << 20, "its unread bytes are without bound"
             slow.say("a" * 50_000)
             said += 50_000
-            await one.client.get("/health")
+            await long.client.get("/health")
         assert cancel.result() == ("i0", slow.order.stream)
-        assert (await soon(one.fleet.ended.get())).outcome == "cancelled"
+        assert (await soon(long.fleet.ended.get())).outcome == "cancelled"
         size = 1 << 20  # the system's buffers had megabytes
         await soon(reading)
         assert b"[DONE]" not in got

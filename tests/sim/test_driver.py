@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.sim.support import device
 
 from hyperflexis.controller import Controller
-from hyperflexis.core.effects import Dispatch, Effect, Reject
+from hyperflexis.core.effects import Dispatch, Effect, Reject, Suspect
 from hyperflexis.core.events import Event, InstanceJoined, InstanceLeft, RequestFinished
 from hyperflexis.core.latency import Coefficients
 from hyperflexis.core.profile import Profile
@@ -251,3 +251,44 @@ def test_a_scheduler_that_is_told_lengths_expects_each_and_one_that_is_not_learn
     learnt = expected(False)
     assert learnt[0] == learnt[1] == 128.0, "nothing is known yet"
     assert max(learnt[-9::2]) < 60.0 < 150.0 < min(learnt[-10::2])
+
+
+def suspicions(setup: SimConfig, arrivals: list[Arrival], duration_s: float) -> tuple[SimResult, list[Suspect]]:
+    found: list[Suspect] = []
+
+    def observe(now: float, event: Event, effects: object) -> None:
+        assert isinstance(effects, list)
+        found.extend(effect for effect in effects if isinstance(effect, Suspect))
+
+    return simulate(setup, arrivals, duration_s, observe), found
+
+
+def test_a_hung_instance_is_found_out_by_its_latency_model_and_its_streams_go_on() -> None:
+    arrivals = [Arrival(0.05 * k, "c", Slo(5.0, 0.05), 1.0, 500, 200) for k in range(100)]
+    setup = config(faults=(Fault(2.0, 0, "hang", 30.0),))
+    result, found = suspicions(setup, arrivals, 10.0)
+    assert found and found[0].instance == "0" and "no iteration for" in found[0].reason
+    assert {record.outcome for record in result.run.records} == {"finished"}
+    # 200 tokens take 1.3 s when all is well; nobody waits for the 30 s.
+    assert max(record.e2e_s or 0.0 for record in result.run.records) < 6.0
+    assert sum(not record.is_attained for record in result.run.records) < 30
+
+
+def test_an_instance_that_became_slow_is_relieved_and_tried_again() -> None:
+    arrivals = [Arrival(0.1 * k, "c", Slo(5.0, 0.05), 1.0, 500, 200) for k in range(300)]
+    slow = config(faults=(Fault(5.0, 0, "slow", 8.0, 10.0),))
+    result, found = suspicions(slow, arrivals, 30.0)
+    assert found and {one.instance for one in found} == {"0"}
+    assert all("times as long as expected" in one.reason or "no iteration" in one.reason for one in found)
+    attained = [record.is_attained for record in result.run.records]
+    assert sum(attained) > 0.9 * len(attained)
+    assert any(record.instance == "0" and record.arrived_at > 25.0 for record in result.run.records), "tried again"
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.5, 2.5, 5.0])
+def test_a_model_that_is_wrong_from_the_start_raises_no_suspicion(factor: float) -> None:
+    arrivals = [Arrival(0.05 * k, "c", Slo(5.0, 0.2), 1.0, 500, 100) for k in range(200)]
+    # A fault that never comes has the driver look after the instances.
+    setup = config(device_factor=factor, noise=0.2, faults=(Fault(1e6, 0, "slow", 1.0, 1.0),))
+    _, found = suspicions(setup, arrivals, 10.0)
+    assert not found

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from hyperflexis.controller import Controller, ControllerConfig, Snapshot
-from hyperflexis.core.effects import Dispatch, Reject
+from hyperflexis.core.effects import Dispatch, Evacuate, Reject, Suspect
 from hyperflexis.core.events import (
     GatewayJoined,
     GatewayLeft,
@@ -15,6 +15,7 @@ from hyperflexis.core.events import (
     RequestArrived,
     RequestFinished,
     Sent,
+    Tick,
 )
 from hyperflexis.core.instance import InstanceInfo, InstanceReport, RequestProgress
 from hyperflexis.core.latency import Coefficients
@@ -292,3 +293,72 @@ def test_a_restored_controller_decides_the_same():
     for k in range(6, 20):
         event = RequestArrived(request(f"r{k}", prompt=100 + 37 * k), "g", 0.01 * k)
         assert twin.handle(event, 1.0 + k) == c.handle(event, 1.0 + k)
+
+
+def moved(id: str, iterations: int, busy_s: float, output: int, epoch: int = 1) -> InstanceReported:
+    """A report of decodes: so many iterations in so much time."""
+    made = InstanceReport(id, epoch, 1, 0, 0, iterations, 0, output, 0, 0, busy_s, MODEL)
+    return InstanceReported(made)
+
+
+def test_a_tick_without_effects_changes_nothing():
+    c = controller()
+    ask(c, request("r"))
+    before = msgspec.msgpack.encode(c.snapshot())
+    assert c.handle(Tick(), 0.5) == []
+    assert msgspec.msgpack.encode(c.snapshot()) == before
+
+
+def test_a_hung_instance_is_evacuated_gets_nothing_and_is_tried_again():
+    c = controller()
+    hung = ask(c, request("r")).instance
+    (other,) = {"i0", "i1"} - {hung}
+    # One second and five full iterations of at most 8,192 tokens (0.83 s): longer is no iteration.
+    assert c.handle(Tick(), 5.0) == []
+    suspect, evacuate = c.handle(Tick(), 6.0)
+    assert isinstance(suspect, Suspect) and suspect.instance == hung and "no iteration for 6.0 s" in suspect.reason
+    assert evacuate == Evacuate(hung, 1, "it hangs", True)
+    again = ask(c, request("r"), now=6.1, attempt=1, avoid=hung)
+    assert again.instance == other
+    assert [ask(c, request(f"n{k}"), now=6.2).instance for k in range(6)] == [other] * 6
+    assert c.handle(Tick(), 6.25) == []
+    c.handle(InstanceReported(report(hung)), 6.5)
+    assert ask(c, request("early"), now=6.6).instance == other
+    c.handle(InstanceReported(report(hung)), 6.0 + suspect.hold_s)
+    assert ask(c, request("later"), now=9.0).instance == hung
+
+
+def test_the_last_instance_is_suspected_and_still_serves():
+    c = controller(instances=1)
+    ask(c, request("r"))
+    (suspect,) = c.handle(Tick(), 10.0)
+    assert isinstance(suspect, Suspect)
+    assert ask(c, request("s"), now=10.1).instance == "i0"
+    assert c.handle(InstanceJoined(info("i1")), 10.2) == []
+    (evacuate,) = c.handle(Tick(), 10.25)
+    assert isinstance(evacuate, Evacuate) and evacuate.instance == "i0"
+
+
+def test_an_instance_that_falls_behind_its_model_is_relieved():
+    c = controller()
+    slow = ask(c, request("r", prompt=10)).instance
+    step_s = MODEL.decode_s(1, 60)
+    c.handle(InstanceReported(report(slow, [RequestProgress("r", 10, 1)])), 0.1)
+    n, busy_s, now = 1, 0.0, 0.1
+    while now < 3.0:
+        n, busy_s, now = n + 10, busy_s + 10 * step_s, now + 0.1
+        c.handle(moved(slow, n, busy_s, n), now)
+    assert c.handle(Tick(), now) == []
+    while now < 4.5:
+        n, busy_s, now = n + 2, busy_s + 20 * step_s, now + 0.2
+        c.handle(moved(slow, n, busy_s, n), now)
+    suspect, evacuate = c.handle(Tick(), now)
+    assert "times as long as expected" in suspect.reason
+    assert evacuate == Evacuate(slow, 1, "it is slow", False)
+
+
+def test_an_idle_instance_is_never_suspected():
+    c = controller()
+    assert c.handle(Tick(), 1000.0) == []
+    ask(c, request("r"), now=1000.0)
+    assert c.handle(Tick(), 1000.5) == []

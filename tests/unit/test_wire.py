@@ -26,15 +26,18 @@ MESSAGES = [
     wire.Output([1, 2], [[5], [6, 7]], finished=[wire.Finish(2, "stop", 10, 2, 8, "why")]),
     wire.Output([1], [[5]], None, [[wire.TokenLogprob(5, -0.5, [(5, -0.5), (6, -1.0)])]]),
     wire.Output([1, 2], [[], []], ["a", "ü"]),
-    events.RequestArrived(REQUEST, "g", 0.25, 1, "i"),
+    events.RequestArrived(REQUEST, "g", 0.25, 1, "i", events.Sent(5, 0.125)),
     events.RequestFinished("r", "failed", 3, None, 1.0, 16, "detail"),
     events.GatewayJoined("g", (events.OpenRequest(REQUEST, 1.0, "i", 1, 5),)),
     events.InstanceJoined(INFO),
     events.InstanceReported(REPORT),
     effects.Dispatch("r", "g", "i", 1, "unix:/s", 2.0, 64.0, DECISION),
     effects.Reject("r", "g", "overloaded", "busy", 2.5),
-    wire.Fleet({"m": wire.ModelStatus(["i"], 4096, True)}, [REPORT]),
-    wire.Drain(4),
+    effects.Evacuate("i", 1, "it hangs", True),
+    wire.Fleet({"m": wire.ModelStatus(["i"], 4096, True)}, [REPORT], {"j": "draining"}),
+    effects.Drain("i", 4, 30.0),
+    events.DrainAsked("i", None, False),
+    events.InstanceDraining("i", 4),
 ]
 
 

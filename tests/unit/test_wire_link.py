@@ -69,10 +69,10 @@ def test_messages_go_both_ways_and_the_end_is_told_once(loop: str, kind: str, tm
         await theirs.until(lambda: len(theirs.log) == 2)
         assert theirs.log == ["made client", wire.Cancel(1)]
         assert theirs.link is not None
-        theirs.link.send(wire.Drain(3))
+        theirs.link.send(wire.Cancel(3))
         theirs.link.close()
         await ours.until(lambda: len(ours.log) == 3)
-        assert ours.log == ["made server", wire.Drain(3), "lost: closed by the peer"]
+        assert ours.log == ["made server", wire.Cancel(3), "lost: closed by the peer"]
         assert not link.send(wire.Cancel(2))
         server.close()
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 from ..errors import IllegalTransition
+from .health import Health
 from .instance import InstanceInfo, InstanceReport, InstanceState, check_instance_move
 from .latency import Coefficients
 from .lengths import LengthModel
@@ -82,7 +83,8 @@ class TrackedInstance:
     ``prompts``: those of which prompt tokens are still to compute, by deadline, and ``prefill_s`` their seconds;
     ``num_decodes`` and ``decode_kv_tokens``: requests past their prompt and their context; ``kv_tokens``: context of
     all bound ones, with what they share counted once; ``paces``: how many requests have which pace, without those that
-    have missed it; ``prefixes``: what they share, and what its KV cache is expected to have for the next.
+    have missed it; ``prefixes``: what they share, and what its KV cache is expected to have for the next; ``health``:
+    whether it keeps up with ``latency``.
     """
 
     info: InstanceInfo
@@ -97,11 +99,17 @@ class TrackedInstance:
     kv_tokens: float = 0.0
     paces: dict[float, int] = field(default_factory=dict)
     prefixes: Prefixes = field(default_factory=Prefixes)
+    health: Health = field(default_factory=Health)
 
     @property
     def id(self) -> str:
         """The instance's id."""
         return self.info.id
+
+    @property
+    def takes_work(self) -> bool:
+        """READY, or SUSPECTED: the last resort."""
+        return self.state in (InstanceState.READY, InstanceState.SUSPECTED)
 
     @property
     def num_requests(self) -> int:
@@ -157,6 +165,7 @@ class TrackedInstance:
 
     def take_report(self, report: InstanceReport, now: float) -> None:
         """Update latency, and progress and totals of the requests that moved: O(those)."""
+        self._check_speed(report, now)
         self.report = report
         self.latency = report.latency
         for progress in report.progress:
@@ -169,6 +178,28 @@ class TrackedInstance:
             tracked.prefilled = progress.prefilled_tokens
             tracked.output_tokens = max(tracked.output_tokens, progress.output_tokens)
             self._count(tracked)
+
+    def longest_iteration_s(self) -> float:
+        """What the model expects of a full iteration."""
+        prompt_s = self.latency.prefill_s(self.info.max_batch_tokens) if self.prefill_s else 0.0
+        return self.latency.decode_s(self.num_decodes, self.decode_kv_tokens) + prompt_s
+
+    def _check_speed(self, report: InstanceReport, now: float) -> None:
+        """Compare what it did since its last report with what the model expects of that. Iterations are linear in the
+        counters, but for the contexts of prompts: these count with half of theirs."""
+        last = self.report
+        iterations = report.iterations - (last.iterations if last is not None else 0)
+        if not iterations:
+            if not report.num_running and not report.num_waiting:
+                self.health.alive_at = now
+            return
+        prompt = report.prompt_tokens - (last.prompt_tokens if last is not None else 0)
+        output = report.output_tokens - (last.output_tokens if last is not None else 0)
+        context = self.decode_kv_tokens / self.num_decodes if self.num_decodes else 0.0
+        model = self.latency
+        expected_s = iterations * (model.c0 + model.prefill_s(prompt / iterations))
+        expected_s += output * (model.c3 + model.c4 * context)
+        self.health.worked(now, report.busy_s - (last.busy_s if last is not None else 0.0), expected_s)
 
     def _count(self, tracked: TrackedRequest) -> None:
         tracked.work_s = self.latency.prefill_s(tracked.remaining_prefill, tracked.prefilled)
@@ -219,8 +250,10 @@ class Cluster:
         self.shares: dict[str, FairShares] = {}
 
     def ready(self, model: str) -> list[TrackedInstance]:
-        """Instances of ``model`` that take new requests, in order of joining."""
-        return [i for i in self.by_model.get(model, {}).values() if i.state is InstanceState.READY]
+        """Instances of ``model`` that take new requests, in order of joining; suspected ones if there are no others."""
+        instances = self.by_model.get(model, {}).values()
+        ready = [instance for instance in instances if instance.state is InstanceState.READY]
+        return ready or [instance for instance in instances if instance.state is InstanceState.SUSPECTED]
 
     def current(self, instance_id: str, epoch: int) -> TrackedInstance | None:
         """The instance if ``epoch`` is its current one. Stale epochs end here."""

@@ -54,4 +54,35 @@ class Reject:
     retry_after_s: float | None = None
 
 
-Effect = Dispatch | Reject
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """An instance is not as its latency model says: it gets nothing new for ``hold_s`` seconds."""
+
+    instance: str
+    epoch: int
+    reason: str
+    hold_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evacuate:
+    """What runs on an instance is to go on elsewhere. ``failed``: as after a failure of the instance."""
+
+    instance: str
+    epoch: int
+    reason: str
+    failed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """The instance takes nothing new, and gives back after ``limit_s`` seconds what still runs (None: nothing). Not
+    ``on``: it takes requests again."""
+
+    instance: str
+    epoch: int
+    limit_s: float | None
+    on: bool = True
+
+
+Effect = Dispatch | Reject | Suspect | Evacuate | Drain

@@ -79,9 +79,28 @@ class GatewayLeft:
 
 @dataclass(frozen=True, slots=True)
 class InstanceJoined:
-    """An instance connected and is ready to serve."""
+    """An instance connected and is ready to serve, unless it is ``draining``."""
 
     info: InstanceInfo
+    draining: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceDraining:
+    """An instance was told to end: it takes nothing new."""
+
+    id: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class DrainAsked:
+    """A person wants an instance to take nothing new, and to be empty after ``limit_s`` seconds (None: when its
+    requests have ended). Not ``on``: it is to take requests again."""
+
+    instance: str
+    limit_s: float | None
+    on: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +119,20 @@ class InstanceLeft:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time went by: is every instance well? One without effects changes nothing."""
+
+
 Event = (
-    RequestArrived | RequestFinished | GatewayJoined | GatewayLeft | InstanceJoined | InstanceReported | InstanceLeft
+    RequestArrived
+    | RequestFinished
+    | GatewayJoined
+    | GatewayLeft
+    | InstanceJoined
+    | InstanceReported
+    | InstanceLeft
+    | InstanceDraining
+    | DrainAsked
+    | Tick
 )

@@ -10,12 +10,14 @@ from .latency import Coefficients
 
 
 class InstanceState(StrEnum):
-    """Lifecycle of an instance. STANDBY and LOADING are passed through at once by engines that load at start."""
+    """Lifecycle of an instance. STANDBY and LOADING are passed through at once by engines that load at start.
+    SUSPECTED: hung or slow (core/health.py)."""
 
     LAUNCHING = "launching"
     STANDBY = "standby"
     LOADING = "loading"
     READY = "ready"
+    SUSPECTED = "suspected"
     DRAINING = "draining"
     STOPPED = "stopped"
     LOST = "lost"
@@ -25,7 +27,9 @@ INSTANCE_TRANSITIONS: dict[InstanceState, frozenset[InstanceState]] = {
     InstanceState.LAUNCHING: frozenset({InstanceState.STANDBY, InstanceState.STOPPED, InstanceState.LOST}),
     InstanceState.STANDBY: frozenset({InstanceState.LOADING, InstanceState.STOPPED, InstanceState.LOST}),
     InstanceState.LOADING: frozenset({InstanceState.READY, InstanceState.STOPPED, InstanceState.LOST}),
-    InstanceState.READY: frozenset({InstanceState.DRAINING, InstanceState.LOST}),
+    InstanceState.READY: frozenset({InstanceState.SUSPECTED, InstanceState.DRAINING, InstanceState.LOST}),
+    # SUSPECTED -> READY: it is tried again.
+    InstanceState.SUSPECTED: frozenset({InstanceState.READY, InstanceState.DRAINING, InstanceState.LOST}),
     # DRAINING -> READY: the drain was cancelled because load returned.
     InstanceState.DRAINING: frozenset({InstanceState.READY, InstanceState.STOPPED, InstanceState.LOST}),
     InstanceState.STOPPED: frozenset(),

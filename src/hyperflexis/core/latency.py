@@ -16,6 +16,8 @@ The fit is recursive least squares on relative errors (a 10 ms miss matters more
 400 ms one), started at the profile, with a bounded covariance; after each update negative coefficients are cut to
 zero. A *new operating point* is required: in steady decode the same row arrives thousands of times, and plain
 recursive least squares then winds up (its covariance collapses along one direction and explodes in the others).
+Iterations that take SURPRISE times as long as predicted are not learnt from, unless PATIENCE of them come in a row: a
+device that is sick for a moment must not be remembered as a slow one.
 """
 
 from __future__ import annotations
@@ -29,6 +31,9 @@ NUM_COEFFICIENTS = 5
 REFRESH_EVERY = 16
 """The estimate that is given out changes once in this many iterations (at first in fewer, since it learns faster then),
 so that what is derived from it can be kept."""
+
+SURPRISE = 3.0
+PATIENCE = 32
 
 MOST_TOKENS = 1 << 30
 """How many prompt tokens fit where they cost nothing."""
@@ -165,6 +170,7 @@ class OnlineFit:
         self._repeats = 0
         self._q90 = prior.q90
         self._bias = 1.0
+        self._surprises = 0
         self._coefficients = prior
         self._refresh_at = 1
         self.observations = 0
@@ -197,6 +203,13 @@ class OnlineFit:
                 self.observations += 1
                 predicted = bias * (base + theta[4] * kv)
                 ratio = seconds / (predicted if predicted > 1e-9 else 1e-9)
+                if ratio > SURPRISE:
+                    self._surprises += 1
+                    if self._surprises <= PATIENCE:
+                        kv += x3
+                        continue
+                elif self._surprises:
+                    self._surprises = 0
                 error = (0.2 if ratio < 0.2 else 5.0 if ratio > 5.0 else ratio) - 1.0
                 # A quantile tracked by asymmetric steps: up 0.9, down 0.1 of a step sized to the residual's scale.
                 q90 += 0.018 if error > q90 else -0.002

@@ -22,7 +22,8 @@ from hmac import compare_digest
 from typing import Any
 
 from .. import wire
-from ..core.events import InstanceJoined, InstanceReported
+from ..core.effects import Drain
+from ..core.events import InstanceDraining, InstanceJoined, InstanceReported
 from ..core.instance import InstanceInfo, InstanceReport
 from ..errors import HyperFlexisError
 from ..fd_limit import raise_fd_limit
@@ -32,7 +33,7 @@ MAX_STREAMS = 8192
 """Streams open at once; beyond that a request is refused, so that the gateway sends it elsewhere."""
 REPORT_AT_LEAST_S = 1.0
 DRAIN_LIMIT_S = 30.0
-"""How long streams may go on after SIGTERM; then they end with an error."""
+"""How long streams may go on after SIGTERM; then they are given back, to go on elsewhere."""
 CLOSE_LIMIT_S = 1.0
 """How long the last frames get to leave."""
 _log = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ async def run_instance(
             running.result()
         drained, cut = task(host.drained()), task(cut_short.wait())
         await asyncio.wait({drained, cut}, timeout=DRAIN_LIMIT_S, return_when=asyncio.FIRST_COMPLETED)
+        host.give_back()
     finally:
         for one in tasks:
             one.cancel()
@@ -103,13 +105,15 @@ async def run_instance(
 
 
 class _Stream:
-    """The engine's key of one stream: which gateway, and its number there. Compared by identity."""
+    """The engine's key of one stream: which gateway, and its number there. Compared by identity. ``moves``: it was
+    cancelled here to go on elsewhere."""
 
-    __slots__ = ("gateway", "number")
+    __slots__ = ("gateway", "moves", "number")
 
     def __init__(self, gateway: _Gateway, number: int) -> None:
         self.gateway = gateway
         self.number = number
+        self.moves = False
 
 
 class _Gateway:
@@ -158,6 +162,7 @@ class InstanceHost:
         self._no_streams = asyncio.Event()
         self._no_streams.set()
         self._draining = False
+        self._limit: asyncio.TimerHandle | None = None
         self._started = False
         self._controller_address: str | None = None
         self._controller: wire.Link | None = None
@@ -212,8 +217,18 @@ class InstanceHost:
 
     async def drained(self) -> None:
         """Take nothing new and wait until no stream is open."""
-        self._drain()
+        self._draining = True
+        self.engine.drain()
+        if self._controller is not None:
+            self._controller.send(InstanceDraining(self._identity.id, self._identity.epoch))
         await self._no_streams.wait()
+
+    def give_back(self) -> None:
+        """End all streams here; their gateways have them go on elsewhere."""
+        for gateway in self._gateways:
+            for stream in list(gateway.streams.values()):
+                stream.moves = True
+                self.engine.cancel(stream)
 
     async def stop(self) -> None:
         """End all streams, free the device and close all links. Safe at any time, also after a failed start."""
@@ -279,7 +294,9 @@ class InstanceHost:
                 del stream.gateway.streams[stream.number]
                 self._num_streams -= 1
                 if emission.finish == "cancelled":
-                    continue  # who cancelled does not wait for an answer
+                    if not stream.moves:
+                        continue  # who cancelled does not wait for an answer
+                    emission.finish, emission.message = "moved", "the instance is draining"
             part = by_gateway.get(stream.gateway)
             if part is None:
                 by_gateway[stream.gateway] = [emission]
@@ -299,7 +316,7 @@ class InstanceHost:
         self._term = hello.term
         self._controller = link
         assert self._info is not None
-        link.send(InstanceJoined(self._info))
+        link.send(InstanceJoined(self._info, self._draining))
         self._told = None
 
     def link_lost(self, link: wire.Link, reason: str) -> None:
@@ -309,22 +326,26 @@ class InstanceHost:
             _log.warning("instance %s lost the controller: %s", self._identity.id, reason)
 
     def message_received(self, link: wire.Link, message: Any) -> None:
-        """Drain is the only order."""
+        """A drain, or its end, is the only order."""
         if link is not self._controller:
             return  # refused for its term; what it still had under way does not count
-        if isinstance(message, wire.Drain):
+        if isinstance(message, Drain):
             if message.epoch == self._identity.epoch:
-                self._drain()
+                self._drain(message)
         else:
             link.close(f"an instance takes no {type(message).__name__} from a controller")
 
     def _hello(self) -> wire.Hello:
         return wire.Hello(wire.VERSION, "instance", self._identity.id, token=self._identity.token)
 
-    def _drain(self) -> None:
-        if not self._draining:
-            self._draining = True
-            self.engine.drain()
+    def _drain(self, order: Drain) -> None:
+        """Unlike that of SIGTERM, a person's drain can be taken back: the engine hears nothing of it."""
+        self._draining = order.on
+        if self._limit is not None:
+            self._limit.cancel()
+            self._limit = None
+        if order.on and order.limit_s is not None:
+            self._limit = asyncio.get_running_loop().call_later(order.limit_s, self.give_back)
 
     def _report(self, report: EngineReport) -> InstanceReport:
         return InstanceReport(

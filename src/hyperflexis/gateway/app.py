@@ -39,6 +39,7 @@ class Gateway:
         self.http = HttpServer(self.handle, limits)
         self._loop = asyncio.get_running_loop()
         self._now = self._loop.time
+        self._instances = InstanceLinks(config.id, config.token, self._now)
         self.controller = ControllerLink(
             config.controller,
             config.id,
@@ -46,8 +47,8 @@ class Gateway:
             limits.max_waiting_requests,
             limits.controller_wait_s,
             self._now,
+            self._instances.evacuate,
         )
-        self._instances = InstanceLinks(config.id, config.token, self._now)
         self._metrics = GatewayMetrics(self._levels)
         self._intakes = Intakes(
             _load_texts(config),

@@ -14,7 +14,7 @@ from itertools import count
 from typing import Any, Protocol
 
 from .. import wire
-from ..core.effects import Dispatch, Reject
+from ..core.effects import Dispatch, Evacuate, Reject
 from ..core.events import GatewayJoined, OpenRequest, RequestArrived, RequestFinished
 from ..openai_api import ApiError
 
@@ -53,7 +53,14 @@ class ControllerLink:
     """The peer of the controller's link."""
 
     def __init__(
-        self, address: str, gateway: str, token: str, max_waiting: int, wait_s: float, now: Callable[[], float]
+        self,
+        address: str,
+        gateway: str,
+        token: str,
+        max_waiting: int,
+        wait_s: float,
+        now: Callable[[], float],
+        evacuate: Callable[[Evacuate], None],
     ) -> None:
         self._address = address
         self._gateway = gateway
@@ -61,6 +68,7 @@ class ControllerLink:
         self._max_waiting = max_waiting
         self._wait_s = wait_s
         self._now = now
+        self._evacuate = evacuate
         self._link: wire.Link | None = None
         self._term = 0
         self._undecided: dict[str, tuple[Asker, float]] = {}
@@ -137,6 +145,8 @@ class ControllerLink:
                 entry[0].rejected(message)
         elif isinstance(message, wire.Fleet):
             self.fleet = message
+        elif isinstance(message, Evacuate):
+            self._evacuate(message)
         else:
             link.close(f"a gateway takes no {type(message).__name__} from a controller")
 
@@ -171,8 +181,8 @@ class Reader(Protocol):
     def finish(self, attempt: int, finish: wire.Finish) -> None:
         """The end, from the instance."""
 
-    def instance_lost(self, attempt: int, reason: str) -> None:
-        """The end, without a word."""
+    def instance_lost(self, attempt: int, reason: str, failed: bool = True) -> None:
+        """The end, without a word; not ``failed``: the instance is well, but gives the stream back."""
 
 
 class InstanceLink:
@@ -181,7 +191,7 @@ class InstanceLink:
     def __init__(self, owner: InstanceLinks, address: str, instance: str) -> None:
         self._owner = owner
         self._address = address
-        self._instance = instance
+        self.instance = instance
         self._link: wire.Link | None = None
         self._readers: dict[int, tuple[Reader, int]] = {}
         self._numbers = count(1)
@@ -200,6 +210,12 @@ class InstanceLink:
         """Nobody reads that stream any more."""
         if self._readers.pop(number, None) is not None and self._link is not None:
             self._link.send(wire.Cancel(number))
+
+    def evacuate(self, reason: str, failed: bool) -> None:
+        """Give up all streams; the link stays."""
+        for number, (reader, attempt) in list(self._readers.items()):
+            self.cancel(number)
+            reader.instance_lost(attempt, f"instance {self.instance}: {reason}", failed)
 
     def close(self) -> None:
         """Let go of the link; readers are told."""
@@ -229,15 +245,15 @@ class InstanceLink:
         self._owner.forget(self._address, self)
         readers, self._readers = self._readers, {}
         for reader, attempt in readers.values():
-            reader.instance_lost(attempt, f"instance {self._instance}: {reason}")
+            reader.instance_lost(attempt, f"instance {self.instance}: {reason}")
 
     # wire.Peer
 
     def link_made(self, link: wire.Link, hello: wire.Hello) -> None:
         """Send what waited for the link."""
         self._greeted.set_result(None)
-        if hello.role != "instance" or hello.id != self._instance:
-            link.close(f"{self._address} is {hello.role} {hello.id}, not instance {self._instance}")
+        if hello.role != "instance" or hello.id != self.instance:
+            link.close(f"{self._address} is {hello.role} {hello.id}, not instance {self.instance}")
             return
         self._link = link
         for number, (reader, _) in list(self._readers.items()):
@@ -264,9 +280,9 @@ class InstanceLink:
                 reader.tokens(attempt, now, message.tokens[i], text, entries)
             except Exception:
                 # One stream's bad tokens must not end the link of all the others.
-                _log.exception("instance %s sent what cannot be read", self._instance)
+                _log.exception("instance %s sent what cannot be read", self.instance)
                 self.cancel(number)
-                reader.instance_lost(attempt, f"instance {self._instance}: sent what cannot be read")
+                reader.instance_lost(attempt, f"instance {self.instance}: sent what cannot be read")
         for finish in message.finished:
             entry = readers.pop(finish.stream, None)
             if entry is not None:
@@ -288,6 +304,12 @@ class InstanceLinks:
         if link is None:
             link = self._links[address] = InstanceLink(self, address, instance)
         return link
+
+    def evacuate(self, order: Evacuate) -> None:
+        """What runs on an instance is to go on elsewhere."""
+        for link in list(self._links.values()):
+            if link.instance == order.instance:
+                link.evacuate(order.reason, order.failed)
 
     def forget(self, address: str, link: InstanceLink) -> None:
         """The link ended."""

@@ -367,12 +367,14 @@ class Choice:
                 self._complete(finish.reason)
             case "invalid" if not self._sent_before:
                 self._answer.fail(api.ApiError(400, finish.message, code="invalid_request"))
+            case "moved":
+                self.instance_lost(attempt, finish.message, failed=False)
             case _:  # error, refused; or cancelled, which we did not ask for, or we would not read it
                 self.instance_lost(attempt, f"{finish.reason}: {finish.message}")
 
-    def instance_lost(self, attempt: int, reason: str) -> None:
+    def instance_lost(self, attempt: int, reason: str, failed: bool = True) -> None:
         """See links.Reader."""
-        match self._stream.lose(attempt):
+        match self._stream.lose(attempt, failed):
             case None:
                 pass
             case "complete":

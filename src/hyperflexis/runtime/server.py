@@ -17,17 +17,21 @@ import msgspec
 
 from .. import __version__, wire
 from ..controller import Controller
-from ..core.effects import Dispatch, Effect, Reject
+from ..core.effects import Dispatch, Drain, Effect, Evacuate, Reject, Suspect
 from ..core.events import (
+    DrainAsked,
     Event,
     GatewayJoined,
     GatewayLeft,
+    InstanceDraining,
     InstanceJoined,
     InstanceLeft,
     InstanceReported,
     RequestArrived,
     RequestFinished,
+    Tick,
 )
+from ..core.health import WATCH_S
 from ..core.instance import InstanceInfo, InstanceReport
 from ..fd_limit import raise_fd_limit
 from .journal import VERSION as JOURNAL_VERSION
@@ -60,6 +64,7 @@ class _Instance:
     link: wire.Link
     info: InstanceInfo
     report: InstanceReport | None = None
+    notice: str = ""
 
 
 class Server:
@@ -104,7 +109,7 @@ class Server:
         match hello.role:
             case "gateway" | "instance":
                 pass  # it counts from its joined message on, which says what it brings
-            case "observer":
+            case "observer" | "operator":
                 self._observers.add(link)
                 for gateway in self._gateways:
                     link.send(GatewayJoined(gateway))
@@ -138,9 +143,18 @@ class Server:
                 self._handle(message)
             case InstanceJoined(info=info) if info.id == sender:
                 self._instance_joined(link, message)
-            case InstanceReported(report=report) if self._is_current(link, report):
+            case InstanceReported(report=report) if self._is_current(link, report.id, report.epoch):
                 self._instances[sender].report = report
                 self._handle(message)
+            case InstanceDraining(id=id, epoch=epoch) if id == sender and self._is_current(link, id, epoch):
+                self._instances[sender].notice = "it was told to end"
+                self._handle(message)
+                self.broadcast()
+            case DrainAsked() if link.remote.role == "operator":
+                self._handle(message)
+                self.broadcast()
+            case InstanceDraining():
+                pass
             case InstanceReported():
                 pass  # of an epoch that has been replaced
             case _:
@@ -159,9 +173,9 @@ class Server:
             self._instance_left(instance, reason)
             self.broadcast()
 
-    def _is_current(self, link: wire.Link, report: InstanceReport) -> bool:
-        instance = self._instances.get(report.id)
-        return instance is not None and instance.link is link and instance.info.epoch == report.epoch
+    def _is_current(self, link: wire.Link, id: str, epoch: int) -> bool:
+        instance = self._instances.get(id)
+        return instance is not None and instance.link is link and instance.info.epoch == epoch
 
     def _instance_joined(self, link: wire.Link, message: InstanceJoined) -> None:
         info = message.info
@@ -172,7 +186,7 @@ class Server:
         if old is not None and old.link is not link:
             old.link.close(f"instance {info.id} connected again")
             self._instance_left(old, "it connected again")
-        self._instances[info.id] = _Instance(link, info)
+        self._instances[info.id] = _Instance(link, info, notice="it is draining" if message.draining else "")
         self._handle(message)
         self.broadcast()
         if self._held is not None and len(self._instances) >= self._config.num_instances:
@@ -204,21 +218,53 @@ class Server:
                 link = self._gateways.get(effect.gateway)
                 if link is not None:
                     link.send(effect)
+            case Suspect():
+                _log.warning("instance %s: %s; nothing new for %g s", effect.instance, effect.reason, effect.hold_s)
+                self._instances[effect.instance].notice = effect.reason
+                self.broadcast()
+            case Drain():
+                _log.info("instance %s %s", effect.instance, "drains" if effect.on else "takes requests again")
+                instance = self._instances[effect.instance]
+                instance.notice = "it is draining"
+                instance.link.send(effect)
+            case Evacuate():
+                for link in self._gateways.values():
+                    link.send(effect)
             case _:
                 assert_never(effect)
+
+    async def watch(self) -> None:
+        """Look after the instances until cancelled."""
+        last = self._clock()
+        while True:
+            await asyncio.sleep(WATCH_S)
+            now = self._clock()
+            # When this process itself stood still, reports wait to be read: they come first.
+            if now - last < 2.0 * WATCH_S:
+                effects = self._controller.handle(Tick(), now)
+                if effects:
+                    self.journal.append(now, Tick(), effects)
+                for effect in effects:
+                    self._run(effect)
+            last = now
 
     def fleet(self) -> wire.Fleet:
         """What is ready now."""
         ready: dict[str, list[str]] = {name: [] for name in self._models}
+        notices: dict[str, str] = {}
         for id, instance in sorted(self._instances.items()):
             info = instance.info
-            ready.setdefault(info.model, []).append(id)
+            takes_work = ready.setdefault(info.model, [])
             self._models[info.model] = wire.ModelStatus([], info.context_length, info.returns_token_ids)
+            if any(one.id == id for one in self._controller.cluster.ready(info.model)):
+                takes_work.append(id)
+            else:
+                notices[id] = instance.notice
         models = {
             name: wire.ModelStatus(ready[name], status.context_length, status.returns_token_ids)
             for name, status in self._models.items()
         }
-        return wire.Fleet(models, [i.report for i in self._instances.values() if i.report is not None])
+        return wire.Fleet(models, [i.report for i in self._instances.values() if i.report is not None], notices)
 
     def broadcast(self) -> None:
         """Tell gateways and observers what is ready."""
@@ -237,7 +283,7 @@ async def serve_controller(config: ServerConfig, controller: Controller) -> None
     server = Server(config, controller)
     listener = await wire.listen(config.address, lambda: server, server.hello)
     loop.call_later(RECOVERY_S, server.end_recovery)
-    flusher = asyncio.create_task(server.journal.run())
+    tasks = [asyncio.create_task(server.journal.run()), asyncio.create_task(server.watch())]
     _log.info("controller of term %d listens at %s", config.term, config.address)
     try:
         while not stopping.is_set():
@@ -248,6 +294,7 @@ async def serve_controller(config: ServerConfig, controller: Controller) -> None
                 continue
     finally:
         listener.close()
-        flusher.cancel()
-        await asyncio.gather(flusher, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         server.journal.close()

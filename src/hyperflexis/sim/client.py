@@ -18,9 +18,9 @@ GATEWAY = "gateway"
 
 @dataclass(slots=True, eq=False)
 class Client:
-    """``request`` is what was asked first. ``seq`` is what its instance has of it, and ``length`` the output tokens that
-    it will compute, which no scheduler knows. ``first_token_at`` is on the run's clock. Tokens of ``stream`` are their
-    positions."""
+    """``request`` is what was asked first. ``seq`` is what its instance has of it, and ``length`` the output tokens
+    that it will compute, which no scheduler knows. ``first_token_at`` is on the run's clock. Tokens of ``stream`` are
+    their positions."""
 
     arrival: Arrival
     request: Request
@@ -90,14 +90,14 @@ class Client:
         )
         return self.seq
 
-    def lost(self) -> Loss | None:
-        """Its instance is gone."""
+    def lost(self, failed: bool = True) -> Loss | None:
+        """Its instance is gone, or is not to go on with it."""
         assert self.seq is not None
         count, attempt = len(self.stream.tokens), self.stream.attempt
         self.stream.take(attempt, range(count, count + self.seq.output_tokens))
         self.seq = None
         self.avoid = self.instance
-        return self.stream.lose(attempt)
+        return self.stream.lose(attempt, failed)
 
     def record(self, outcome: RecordOutcome, now: float, detail: str) -> Record:
         """What became of it."""

@@ -6,7 +6,7 @@ devices that take as long as a profile says, and the way that events, reports an
     arrival    -> Controller -> Dispatch -> Batcher.add          a request is placed and joins an instance's queue
     iteration  -> Batcher.commit -> tokens, RequestFinished      an instance's batch is done; it plans the next one
     report     -> Batcher.take_progress -> Controller            every 100 ms, as live instances do while they move
-    fault      -> InstanceLeft, InstanceJoined                   an instance dies, hangs or slows down
+    fault      -> InstanceLeft, InstanceJoined, Tick             an instance dies, hangs or slows down
 
 Events are taken in the order (time, phase, sequence), so that a run is a function of its inputs alone.
 
@@ -29,8 +29,9 @@ from typing import assert_never
 from ..batcher import Batch, Batcher, BatcherConfig, RequestTooLong
 from ..batcher import Sequence as BatcherSequence
 from ..controller import Controller, ControllerConfig
-from ..core.effects import Dispatch, Effect, Reject
-from ..core.events import Event, InstanceJoined, InstanceLeft, InstanceReported, RequestFinished
+from ..core.effects import Dispatch, Drain, Effect, Evacuate, Reject, Suspect
+from ..core.events import Event, InstanceJoined, InstanceLeft, InstanceReported, RequestFinished, Tick
+from ..core.health import WATCH_S
 from ..core.instance import InstanceInfo, InstanceReport
 from ..core.latency import OnlineFit
 from ..core.lengths import LengthModel
@@ -50,7 +51,7 @@ REPORT_S = 0.1
 """Instances report this often, as live ones do."""
 GIVE_UP = 10.0
 """A run ends after this many times its duration; what is open then is unfinished."""
-_FAULT, _ITERATION, _REPORT, _ARRIVAL, _SAMPLE = range(5)
+_FAULT, _ITERATION, _REPORT, _WATCH, _SAMPLE = range(5)
 
 Observer = Callable[[float, Event, Sequence[Effect]], None]
 """Sees each event that the controller took, with its time and effects."""
@@ -191,6 +192,8 @@ class _Simulation:
             self._tell(InstanceJoined(instance.info), 0.0)
         for fault in self._config.faults:
             self._push(fault.at_s, _FAULT, fault)
+        if self._config.faults:
+            self._push(WATCH_S, _WATCH, Tick())
         if self._config.sample_s:
             self._push(0.0, _SAMPLE, None)
         give_up_at = GIVE_UP * self._duration_s
@@ -224,6 +227,13 @@ class _Simulation:
                 self._report(what, now)
             case InstanceReported():
                 self._tell(what, now)
+            case Tick():
+                for instance in self._instances:
+                    if instance.batch is None:
+                        self._report(instance, now)  # nothing to do, and alive
+                self._tell(what, now)
+                self._push(now + WATCH_S, _WATCH, what)
+                return False
             case Fault():
                 self._fault(what, now)
             case (Fault() as fault, int() as epoch):
@@ -239,15 +249,18 @@ class _Simulation:
 
     def _tell(self, event: Event, now: float) -> None:
         effects = self._controller.handle(event, now)
-        if self._observe is not None:
+        if self._observe is not None and (effects or not isinstance(event, Tick)):
             self._observe(now, event, effects)
         for effect in effects:
-            client = self._clients[effect.request_id]
             match effect:
                 case Dispatch():
-                    self._dispatch(client, effect, now)
+                    self._dispatch(self._clients[effect.request_id], effect, now)
                 case Reject():
-                    self._end(client, "rejected", now, detail=effect.reason)
+                    self._end(self._clients[effect.request_id], "rejected", now, detail=effect.reason)
+                case Suspect() | Drain():
+                    pass
+                case Evacuate():
+                    self._evacuate(effect, now)
                 case _:
                     assert_never(effect)
 
@@ -432,8 +445,8 @@ class _Simulation:
         if instance.batch is not None:
             instance.reporting = True
             self._push(_next_tick(now), _REPORT, instance)
-        if not progress:
-            return
+        if not progress and not self._config.faults:
+            return  # what it could say matters only to the watch
         counters = batcher.counters
         report = InstanceReported(
             InstanceReport(
@@ -525,18 +538,28 @@ class _Simulation:
         info = instance.info
         self._tell(InstanceLeft(info.id, info.epoch, "killed"), now)
         for seq in instance.batcher.sequences():
-            client = seq.payload
-            assert isinstance(client, Client)
-            match client.lost():
-                case "resume":
-                    self._tell(client.ask(now), now)
-                case "complete":
-                    self._finished(client, now)
-                case _:
-                    spent, first = now - client.arrival.t, client.first_token_at
-                    ttft_s = None if first is None else first - client.arrival.t
-                    self._tell(RequestFinished(client.id, "failed", client.num_tokens, ttft_s, spent), now)
-                    self._end(client, "failed", now, detail="too many instances failed it")
+            self._lose(seq, now)
+
+    def _evacuate(self, order: Evacuate, now: float) -> None:
+        instance = self._instances[int(order.instance)]
+        self._settle(instance, now, cut=True)
+        for seq in instance.batcher.sequences():
+            instance.batcher.cancel(seq.id)
+            self._lose(seq, now, order.failed)
+
+    def _lose(self, seq: BatcherSequence, now: float, failed: bool = True) -> None:
+        client = seq.payload
+        assert isinstance(client, Client)
+        match client.lost(failed):
+            case "resume":
+                self._tell(client.ask(now), now)
+            case "complete":
+                self._finished(client, now)
+            case _:
+                spent, first = now - client.arrival.t, client.first_token_at
+                ttft_s = None if first is None else first - client.arrival.t
+                self._tell(RequestFinished(client.id, "failed", client.num_tokens, ttft_s, spent), now)
+                self._end(client, "failed", now, detail="too many instances failed it")
 
     def _fault_over(self, fault: Fault, epoch: int, now: float) -> None:
         instance = self._instances[fault.instance]

@@ -16,7 +16,8 @@ import pytest
 from tests.contract.support import LIMIT_S, emulated
 
 from hyperflexis import wire
-from hyperflexis.core.events import InstanceJoined, InstanceReported
+from hyperflexis.core.effects import Drain
+from hyperflexis.core.events import InstanceDraining, InstanceJoined, InstanceReported
 from hyperflexis.engines.emulated import EmulatedEngine
 from hyperflexis.engines.host import InstanceHost, InstanceIdentity
 from hyperflexis.errors import HyperFlexisError
@@ -264,15 +265,40 @@ async def test_drain_refuses_the_new_for_this_epoch_only(address: str, tmp_path:
         gateway = await gateway_at(address)
         gateway.links[0].send(generate(1, 200))
         await gateway.until(lambda: gateway.tokens(1))
-        controller.links[0].send(wire.Drain(7))
+        controller.links[0].send(Drain("i0", 7, None))
         gateway.links[0].send(generate(2))
         assert (await gateway.until(lambda: gateway.finish(2))).reason == "length"
-        controller.links[0].send(wire.Drain(1))
+        controller.links[0].send(Drain("i0", 1, None))
         assert (await gateway.until(lambda: gateway.finish(1))).reason == "length"
         async with asyncio.timeout(LIMIT_S):
             await host.drained()
+        await controller.until(lambda: controller.of(InstanceDraining))
         gateway.links[0].send(generate(3))
         assert (await gateway.until(lambda: gateway.finish(3))).reason == "refused"
+    server.close()
+
+
+async def test_a_drain_gives_streams_back_at_its_limit_and_can_be_taken_back(address: str, tmp_path: Path) -> None:
+    controller = Peer()
+    where = f"unix:{tmp_path}/c"
+    server = await wire.listen(where, lambda: controller, lambda: wire.Hello(wire.VERSION, "controller", "c", term=1))
+    async with hosted(emulated("hyperflexis"), address, where):
+        await controller.until(lambda: controller.of(InstanceJoined))
+        gateway = await gateway_at(address)
+        gateway.links[0].send(generate(1, 450))
+        await gateway.until(lambda: gateway.tokens(1))
+        controller.links[0].send(Drain("i1", 1, 0.05))
+        assert (await gateway.until(lambda: gateway.finish(1))).reason == "moved"
+        assert len(gateway.tokens(1)) < 450
+        gateway.links[0].send(generate(2))
+        assert (await gateway.until(lambda: gateway.finish(2))).reason == "refused"
+        # A controller that comes now hears of it.
+        controller.links[0].close("a new one comes")
+        await controller.until(lambda: len(controller.of(InstanceJoined)) == 2)
+        assert [joined.draining for joined in controller.of(InstanceJoined)] == [False, True]
+        controller.links[-1].send(Drain("i1", 1, None, on=False))
+        gateway.links[0].send(generate(3))
+        assert (await gateway.until(lambda: gateway.finish(3))).reason == "length"
     server.close()
 
 
@@ -368,5 +394,5 @@ async def test_a_second_signal_cuts_the_drain_short(address: str) -> None:
         gateway.links[0].send(generate(2))
         await gateway.until(lambda: gateway.finish(2))
         process.send_signal(signal.SIGINT)
-        assert (await gateway.until(lambda: gateway.finish(1))).reason == "error"
+        assert (await gateway.until(lambda: gateway.finish(1))).reason == "moved"
         assert await process.wait() == 0
