@@ -17,8 +17,7 @@ The same code runs live, in the simulator and in replay. Time is an argument: se
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from math import inf
+from dataclasses import dataclass, field
 from typing import assert_never
 
 from .core.cluster import Cluster, TrackedInstance, TrackedRequest, prefix_holders
@@ -35,13 +34,13 @@ from .core.events import (
     OpenRequest,
     RequestArrived,
     RequestFinished,
-    Sent,
     Tick,
 )
 from .core.instance import InstanceState
 from .core.lengths import LengthModel
 from .core.request import Request, RequestState
 from .core.shares import FairShares
+from .core.stream import Sent, as_asked, due
 from .policy.catalog import find_policy
 from .policy.place import PlaceMemory, Placement
 
@@ -216,15 +215,14 @@ class Controller:
         return shares.discount(request.tenant, request.weight, request.value, cost_s, len(ready), now)
 
     def _track(self, request: Request, gateway: str, arrived_at: float, sent: Sent | None) -> TrackedRequest:
-        expected = self.cluster.lengths.predict(request if sent is None else _as_asked(request, sent.num_tokens))
-        ttft_s = request.slo.first_token_by_s(expected)
-        pace_s = request.slo.pace_s(expected, ttft_s if ttft_s < inf else 0.0)
-        tracked = TrackedRequest(request, gateway, arrived_at, arrived_at + ttft_s, pace_s, expected)
+        sent_tokens = 0 if sent is None else sent.num_tokens
+        expected = self.cluster.lengths.predict(as_asked(request, sent_tokens))
+        due_s, pace_s = due(request.slo, expected, sent)
+        tracked = TrackedRequest(request, gateway, arrived_at, arrived_at + due_s, pace_s, expected)
         if sent is not None:
-            tracked.sent_tokens = sent.num_tokens
-            tracked.first_due = arrived_at + sent.ttft_s + sent.num_tokens * pace_s
-            tracked.expected_output_tokens = max(expected - sent.num_tokens, 1.0)
-            tracked.missed_first = sent.ttft_s > ttft_s
+            tracked.sent_tokens = sent_tokens
+            tracked.expected_output_tokens = max(expected - sent_tokens, 1.0)
+            tracked.missed_first = sent.ttft_s > request.slo.first_token_by_s(expected)
         return tracked
 
     def _finished(self, event: RequestFinished) -> None:
@@ -233,7 +231,7 @@ class Controller:
             return
         match event.outcome:
             case "finished":
-                self.cluster.lengths.learn(_as_asked(tracked.request, tracked.sent_tokens), event.output_tokens)
+                self.cluster.lengths.learn(as_asked(tracked.request, tracked.sent_tokens), event.output_tokens)
                 state = RequestState.FINISHED
             case "cancelled":
                 state = RequestState.CANCELLED
@@ -351,14 +349,6 @@ def _suspicion(instance: TrackedInstance, now: float) -> str:
     if health.is_slow():
         return f"iterations take {health.work_s / health.expected_s:.1f} times as long as expected"
     return ""
-
-
-def _as_asked(request: Request, sent_tokens: int) -> Request:
-    """The request without what was sent of its answer."""
-    if not sent_tokens:
-        return request
-    prompt = request.num_prompt_tokens - sent_tokens
-    return replace(request, num_prompt_tokens=prompt, max_output_tokens=request.max_output_tokens + sent_tokens)
 
 
 def _infeasible(tracked: TrackedRequest, placement: Placement) -> str:

@@ -10,7 +10,7 @@ import pytest
 from tests.integration.gateway_support import CHAT, Site, Stream, events, site, soon
 
 from hyperflexis import wire
-from hyperflexis.core.events import Sent
+from hyperflexis.core.stream import Sent
 from hyperflexis.gateway.config import Limits
 
 STREAM: dict[str, Any] = {**CHAT, "stream": True, "stream_options": {"include_usage": True}}

@@ -269,6 +269,8 @@ def test_a_hung_instance_is_found_out_by_its_latency_model_and_its_streams_go_on
     result, found = suspicions(setup, arrivals, 10.0)
     assert found and found[0].instance == "0" and "no iteration for" in found[0].reason
     assert {record.outcome for record in result.run.records} == {"finished"}
+    paused = [record.pause_s for record in result.run.records if record.pause_s]
+    assert paused and min(paused) > 1.0 and max(paused) < 5.0, "detection, and the prompts once more"
     # 200 tokens take 1.3 s when all is well; nobody waits for the 30 s.
     assert max(record.e2e_s or 0.0 for record in result.run.records) < 6.0
     assert sum(not record.is_attained for record in result.run.records) < 30

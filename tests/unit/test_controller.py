@@ -14,7 +14,6 @@ from hyperflexis.core.events import (
     OpenRequest,
     RequestArrived,
     RequestFinished,
-    Sent,
     Tick,
 )
 from hyperflexis.core.instance import InstanceInfo, InstanceReport, RequestProgress
@@ -22,6 +21,7 @@ from hyperflexis.core.latency import Coefficients
 from hyperflexis.core.request import Request
 from hyperflexis.core.shares import EXCESS_VALUE
 from hyperflexis.core.slo import Slo
+from hyperflexis.core.stream import Sent
 from hyperflexis.errors import ConfigError
 
 MODEL = Coefficients(c0=0.010, c1=1e-4, c2=0.0, c3=5e-4, c4=0.0)

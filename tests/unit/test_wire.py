@@ -11,6 +11,7 @@ from hyperflexis.core.instance import InstanceInfo, InstanceReport, RequestProgr
 from hyperflexis.core.latency import Coefficients
 from hyperflexis.core.request import Request
 from hyperflexis.core.slo import Slo
+from hyperflexis.core.stream import Sent
 from hyperflexis.errors import ProtocolError
 
 COEFFICIENTS = Coefficients(0.01, 1e-5, 2e-9, 3e-5, 4e-8, 0.1)
@@ -26,7 +27,7 @@ MESSAGES = [
     wire.Output([1, 2], [[5], [6, 7]], finished=[wire.Finish(2, "stop", 10, 2, 8, "why")]),
     wire.Output([1], [[5]], None, [[wire.TokenLogprob(5, -0.5, [(5, -0.5), (6, -1.0)])]]),
     wire.Output([1, 2], [[], []], ["a", "ü"]),
-    events.RequestArrived(REQUEST, "g", 0.25, 1, "i", events.Sent(5, 0.125)),
+    events.RequestArrived(REQUEST, "g", 0.25, 1, "i", Sent(5, 0.125)),
     events.RequestFinished("r", "failed", 3, None, 1.0, 16, "detail"),
     events.GatewayJoined("g", (events.OpenRequest(REQUEST, 1.0, "i", 1, 5),)),
     events.InstanceJoined(INFO),

@@ -102,6 +102,8 @@ class EmulatedArgs(Section):
     """Fault: iterations stop after so many output tokens while the process lives."""
     slow_factor: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """Fault: iterations take so many times as long."""
+    slow_after_tokens: Count | None = None
+    """Fault: iterations are slow only after so many output tokens."""
     refuse: bool = False
     """Fault: every request is refused."""
 
@@ -271,6 +273,8 @@ class LimitFields(Section):
     """Client connections; over it: 503."""
     max_backlog_s: Seconds = 600.0
     """Predicted seconds of queue on the best instance; over it: 429 with Retry-After."""
+    resume_wait_s: Seconds = 60.0
+    """How long a stream whose instance was lost waits for another; then it ends with an error."""
     request_timeout_s: Seconds = 30.0
     """Time for a client to send a whole request; over it: 408."""
     idle_timeout_s: Seconds = 120.0

@@ -7,16 +7,9 @@ from typing import Literal
 
 from .instance import InstanceInfo, InstanceReport
 from .request import Request
+from .stream import Sent
 
 Outcome = Literal["finished", "cancelled", "failed"]
-
-
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """What a client already has of an answer: ``num_tokens``, the first of them ``ttft_s`` after the arrival."""
-
-    num_tokens: int
-    ttft_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ run's time limit came. ``cancelled``: ended by the client; the only outcome that
 class Record:
     """One request's end. ``arrived_at`` is seconds after the start of the run; ``ttft_s`` and ``e2e_s`` are seconds
     after arrival, None when there was no first or no last token. ``num_output_tokens`` is what was asked for,
-    ``received_tokens`` what came."""
+    ``received_tokens`` what came. ``pause_s`` is the longest time without a token while it moved from an instance to
+    another, where that is known."""
 
     slo_class: str
     slo: Slo
@@ -29,6 +30,7 @@ class Record:
     received_tokens: int = 0
     instance: str = ""
     detail: str = ""
+    pause_s: float = 0.0
 
     @property
     def is_attained(self) -> bool:

@@ -15,11 +15,14 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from math import inf
 from typing import Literal
 
 from ..errors import IllegalTransition, ProtocolError
+from .request import Request
+from .slo import Slo
 
 MAX_FAILURES = 3
 """Instances that may fail one request: more would hide a request that kills instances."""
@@ -37,19 +40,52 @@ Loss = Literal["resume", "complete", "exhausted"]
 """What becomes of a stream whose instance was lost: it is to be placed again; it had all its tokens; it has failed."""
 
 
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What a client already has of an answer that goes on: ``num_tokens``, the first of them ``ttft_s`` after the
+    arrival."""
+
+    num_tokens: int
+    ttft_s: float
+
+
+def continued(request: Request, sent: Sent | None) -> Request:
+    """The request for the rest of an answer: what was sent is part of its prompt."""
+    return request if sent is None else _shifted(request, sent.num_tokens)
+
+
+def as_asked(request: Request, sent_tokens: int) -> Request:
+    """The inverse of ``continued``."""
+    return _shifted(request, -sent_tokens) if sent_tokens else request
+
+
+def _shifted(request: Request, tokens: int) -> Request:
+    prompt, output = request.num_prompt_tokens + tokens, request.max_output_tokens - tokens
+    return replace(request, num_prompt_tokens=prompt, max_output_tokens=output)
+
+
+def due(slo: Slo, expected_output_tokens: float, sent: Sent | None) -> tuple[float, float]:
+    """When the next token is due, in seconds after the arrival, and the seconds for each token; inf where nothing is
+    promised. ``expected_output_tokens`` are those of the whole answer. Token k + 1 is due k paces after the first."""
+    first_s = slo.first_token_by_s(expected_output_tokens)
+    pace_s = slo.pace_s(expected_output_tokens, 0.0 if first_s == inf else first_s)
+    return (first_s if sent is None else sent.ttft_s + sent.num_tokens * pace_s), pace_s
+
+
 def _no_tokens() -> array[int]:
     return array("I")
 
 
 @dataclass(slots=True, eq=False)
 class Stream:
-    """One answer of at most ``max_tokens`` tokens. ``tokens`` are all ids so far, in order, 4 bytes each; ``attempt``
-    counts placements, ``failures`` the instances that failed it."""
+    """One answer of at most ``max_tokens`` tokens. ``tokens`` are all ids so far, in order, 4 bytes each; ``before`` is
+    how many there were when it was last placed. ``attempt`` counts placements, ``failures`` those that failed."""
 
     max_tokens: int
     state: StreamState = StreamState.WAITING
     attempt: int = 0
     failures: int = 0
+    before: int = 0
     tokens: array[int] = field(default_factory=_no_tokens)
 
     def begin(self) -> int:
@@ -91,6 +127,7 @@ class Stream:
             self.state = StreamState.ENDED
             return "exhausted"
         self.state = StreamState.WAITING
+        self.before = len(self.tokens)
         return "resume"
 
     def stop(self) -> bool:

@@ -48,12 +48,14 @@ class Faults:
     """What goes wrong, for tests of what is around an engine. Counts are of output tokens since the start.
 
     ``die_after_tokens``: the process exits at once with status DIED. ``hang_after_tokens``: iterations stop, the
-    process lives. ``slow_factor`` stretches iterations. ``refuse``: every request is refused.
+    process lives. ``slow_factor`` stretches iterations, after ``slow_after_tokens``. ``refuse``: every request is
+    refused.
     """
 
     die_after_tokens: int | None = None
     hang_after_tokens: int | None = None
     slow_factor: float = 1.0
+    slow_after_tokens: int | None = None
     refuse: bool = False
 
 
@@ -118,7 +120,7 @@ class EmulatedEngine:
         self._draining = False
         self._hung = False
         self._refusing = config.faults.refuse
-        self._slow = config.faults.slow_factor
+        self._slow = config.faults.slow_factor if config.faults.slow_after_tokens is None else 1.0
         self._failure: str | None = None
         self._warned_at = float("-inf")
 
@@ -300,6 +302,8 @@ class EmulatedEngine:
             os._exit(DIED)
         if faults.hang_after_tokens is not None and sent >= faults.hang_after_tokens:
             self._hung = True
+        if faults.slow_after_tokens is not None and sent >= faults.slow_after_tokens:
+            self._slow = faults.slow_factor
 
 
 def _scaled(c: Coefficients, k: float) -> Coefficients:

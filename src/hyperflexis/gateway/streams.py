@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 from typing import assert_never
 
@@ -22,9 +22,9 @@ import msgspec
 from .. import openai_api as api
 from ..core import events
 from ..core.effects import Decision, Dispatch, Reject
-from ..core.events import OpenRequest, RequestArrived, RequestFinished, Sent
+from ..core.events import OpenRequest, RequestArrived, RequestFinished
 from ..core.request import Request
-from ..core.stream import Repetition, Stream
+from ..core.stream import Repetition, Sent, Stream, continued, due
 from ..errors import ProtocolError
 from ..metrics import GatewayMetrics, Outcome
 from ..wire import Finish, Generate, TokenLogprob, pack_ids
@@ -226,7 +226,6 @@ class Choice:
             fail_fast=promise.fail_fast,
         )
         self._stream = Stream(prompt.max_tokens)
-        self._sent_before = 0
         self._avoid: str | None = None
         self._link: InstanceLink | None = None
         self._number = 0
@@ -245,16 +244,17 @@ class Choice:
 
     def arrival(self) -> RequestArrived:
         """See links.Asker."""
-        request, sent = self._continued()
-        return RequestArrived(request, self._services.gateway, self._age_s(), self._stream.attempt, self._avoid, sent)
+        sent, gateway = self._sent(), self._services.gateway
+        request = continued(self._request, sent)
+        return RequestArrived(request, gateway, self._age_s(), self._stream.attempt, self._avoid, sent)
 
     def open_request(self) -> OpenRequest | None:
         """See links.Asker."""
         to = self.dispatch
         if to is None:
             return None
-        request, sent = self._continued()
-        return OpenRequest(request, self._age_s(), to.instance, to.epoch, self.num_tokens - self._sent_before, sent)
+        sent, tokens = self._sent(), self.num_tokens - self._stream.before
+        return OpenRequest(continued(self._request, sent), self._age_s(), to.instance, to.epoch, tokens, sent)
 
     def wait_s(self) -> float | None:
         """See links.Asker."""
@@ -288,17 +288,13 @@ class Choice:
         to = self.dispatch
         assert to is not None
         intake, slo, age_s = self._answer.intake, self._request.slo, self._age_s()
-        sent = self._sent_before
-        expected = min(to.expected_output_tokens, float(self._prompt.max_tokens - sent))
-        first_s = slo.first_token_by_s(sent + expected)
-        pace_s = slo.pace_s(sent + expected, 0.0 if first_s == inf else first_s)
-        due_s = first_s
-        if sent and self._first_at is not None:
-            due_s = self._first_at - self._answer.arrived_at + sent * pace_s
+        before = self._stream.before
+        expected = min(to.expected_output_tokens, float(self._prompt.max_tokens - before))
+        due_s, pace_s = due(slo, before + expected, self._sent())
         seed = intake.sampling.seed
         sampling = msgspec.structs.replace(
             intake.sampling,
-            max_tokens=self._prompt.max_tokens - sent,
+            max_tokens=self._prompt.max_tokens - before,
             # Choices of one seeded request must differ from each other.
             seed=None if seed is None else seed + self.index % intake.n,
         )
@@ -357,7 +353,7 @@ class Choice:
                     return
                 if not self._stream.finish(attempt):
                     return
-                self.num_tokens = self._sent_before + finish.num_output_tokens
+                self.num_tokens = self._stream.before + finish.num_output_tokens
                 if attempt == 1:
                     self.cached_tokens = finish.cached_tokens
                 if self._detokenizer is None:
@@ -365,7 +361,7 @@ class Choice:
                 if self._first_at is None and finish.num_output_tokens:
                     self._first_at = self._services.now()
                 self._complete(finish.reason)
-            case "invalid" if not self._sent_before:
+            case "invalid" if not self._stream.before:
                 self._answer.fail(api.ApiError(400, finish.message, code="invalid_request"))
             case "moved":
                 self.instance_lost(attempt, finish.message, failed=False)
@@ -389,7 +385,6 @@ class Choice:
                 self._services.metrics.redispatched(self._request.model)
                 self._avoid = self.dispatch.instance
                 self.dispatch = None
-                self._sent_before = len(self._stream.tokens)
                 if self._repetition is not None:
                     self._repetition.again()
                     self.num_tokens = 0
@@ -407,18 +402,12 @@ class Choice:
         self._stream.stop()
         self._end(outcome, detail)
 
-    def _continued(self) -> tuple[Request, Sent | None]:
-        """The request as it was last asked for, and what had been sent of it."""
-        sent = self._sent_before
-        if not sent:
-            return self._request, None
+    def _sent(self) -> Sent | None:
+        """What the client had when this was last placed."""
+        if not self._stream.before:
+            return None
         assert self._first_at is not None
-        request = replace(
-            self._request,
-            num_prompt_tokens=self._request.num_prompt_tokens + sent,
-            max_output_tokens=self._request.max_output_tokens - sent,
-        )
-        return request, Sent(sent, self._first_at - self._answer.arrived_at)
+        return Sent(self._stream.before, self._first_at - self._answer.arrived_at)
 
     def _complete(self, reason: str) -> None:
         """All tokens are there: out with what was held back."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import inf
 
 from ..batcher import Sequence
 from ..core.effects import Dispatch
-from ..core.events import RequestArrived, Sent
+from ..core.events import RequestArrived
 from ..core.record import Record, RecordOutcome
 from ..core.request import Request
-from ..core.stream import Loss, Stream
+from ..core.stream import Loss, Sent, Stream, continued, due
 from .workload import Arrival, block_keys
 
 GATEWAY = "gateway"
@@ -31,6 +31,8 @@ class Client:
     avoid: str | None = None
     first_token_at: float | None = None
     ended: bool = False
+    paused_at: float | None = None
+    pause_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.stream = Stream(self.request.max_output_tokens)
@@ -53,27 +55,16 @@ class Client:
 
     def ask(self, now: float) -> RequestArrived:
         """Where to send it?"""
-        request, sent = self.request, None
-        if self.stream.tokens:
-            assert self.first_token_at is not None
-            count = len(self.stream.tokens)
-            sent = Sent(count, self.first_token_at - self.arrival.t)
-            request = replace(
-                request,
-                num_prompt_tokens=request.num_prompt_tokens + count,
-                max_output_tokens=request.max_output_tokens - count,
-            )
+        sent = self._sent()
+        request = continued(self.request, sent)
         return RequestArrived(request, GATEWAY, now - self.arrival.t, self.stream.attempt, self.avoid, sent)
 
     def dispatched(self, to: Dispatch, block_size: int | None) -> Sequence:
         """What the instance gets; ``block_size`` None: its cache shares no prefixes."""
         self.stream.begin()
-        slo, arrived_at, count = self.request.slo, self.arrival.t, len(self.stream.tokens)
+        slo, arrived_at, count = self.request.slo, self.arrival.t, self.stream.before
         expected = to.expected_output_tokens
-        due = arrived_at + slo.first_token_by_s(count + expected)
-        if count:
-            assert self.first_token_at is not None
-            due = self.first_token_at + count * slo.pace_s(count + expected, 0.0 if due == inf else due - arrived_at)
+        due_s, _ = due(slo, count + expected, self._sent())
         self.instance = to.instance
         self.length = min(self.arrival.num_output_tokens, self.request.max_output_tokens) - count
         self.seq = Sequence(
@@ -82,7 +73,7 @@ class Client:
             self.request.max_output_tokens - count,
             keys=[] if block_size is None else block_keys(self.arrival, block_size),
             value=to.value,
-            first_due=due,
+            first_due=arrived_at + due_s,
             pace_limit_s=inf if slo.tpot_s is None else slo.tpot_s,
             last_due=inf if slo.e2e_s is None else arrived_at + slo.e2e_s,
             expected_output_tokens=expected,
@@ -90,14 +81,30 @@ class Client:
         )
         return self.seq
 
-    def lost(self, failed: bool = True) -> Loss | None:
-        """Its instance is gone, or is not to go on with it."""
+    def lost(self, moved_at: float, failed: bool = True) -> Loss | None:
+        """Its instance is gone, or is not to go on with it; the last tokens came at ``moved_at``."""
         assert self.seq is not None
+        if self.seq.output_tokens:
+            self.paused_at = moved_at
         count, attempt = len(self.stream.tokens), self.stream.attempt
         self.stream.take(attempt, range(count, count + self.seq.output_tokens))
         self.seq = None
         self.avoid = self.instance
         return self.stream.lose(attempt, failed)
+
+    def _sent(self) -> Sent | None:
+        if not self.stream.before:
+            return None
+        assert self.first_token_at is not None
+        return Sent(self.stream.before, self.first_token_at - self.arrival.t)
+
+    def first_token(self, now: float) -> None:
+        """The first token of this attempt."""
+        if self.first_token_at is None:
+            self.first_token_at = now
+        if self.paused_at is not None:
+            self.pause_s = max(self.pause_s, now - self.paused_at)
+            self.paused_at = None
 
     def record(self, outcome: RecordOutcome, now: float, detail: str) -> Record:
         """What became of it."""
@@ -114,4 +121,5 @@ class Client:
             self.num_tokens,
             self.instance,
             detail,
+            self.pause_s,
         )

@@ -133,7 +133,7 @@ class _Instance:
 
     ``ends`` and ``seconds`` are the end times and durations of the coming iterations of ``batch``; ``version`` tells
     a planned end from one that was cut. ``last_tokens`` is a heap of (tick of the Batcher that brings it, sequence
-    number, request).
+    number, request). ``moved_at`` is when the last iteration ended.
     """
 
     number: int
@@ -149,6 +149,7 @@ class _Instance:
     reporting: bool = False
     slow: float = 1.0
     budget_s: float = 0.0
+    moved_at: float = 0.0
 
 
 class _Simulation:
@@ -361,7 +362,8 @@ class _Simulation:
         if done:
             seconds = instance.seconds[:done]
             self._count(batch, seconds)
-            instance.batch = instance.batcher.repeat(batch, seconds, instance.ends[done - 1])
+            instance.moved_at = instance.ends[done - 1]
+            instance.batch = instance.batcher.repeat(batch, seconds, instance.moved_at)
         instance.ends, instance.seconds = instance.ends[done:], instance.seconds[done:]
         instance.factors = instance.factors[done:]
         if cut and len(instance.ends) > 1:
@@ -378,13 +380,13 @@ class _Simulation:
             self._settle(instance, instance.ends[-2])
         batch = instance.batch
         assert batch is not None
+        instance.moved_at = now
         self._count(batch, instance.seconds)
         ended = self._last_tokens_of(instance, batch)
         for emitted in instance.batcher.commit_sizes(batch, ended, now, instance.seconds[0]):
             client = emitted.seq.payload
             assert isinstance(client, Client)
-            if client.first_token_at is None:
-                client.first_token_at = now
+            client.first_token(now)
             if emitted.finish is not None:
                 self._finished(client, now)
             else:
@@ -538,19 +540,19 @@ class _Simulation:
         info = instance.info
         self._tell(InstanceLeft(info.id, info.epoch, "killed"), now)
         for seq in instance.batcher.sequences():
-            self._lose(seq, now)
+            self._lose(seq, instance.moved_at, now)
 
     def _evacuate(self, order: Evacuate, now: float) -> None:
         instance = self._instances[int(order.instance)]
         self._settle(instance, now, cut=True)
         for seq in instance.batcher.sequences():
             instance.batcher.cancel(seq.id)
-            self._lose(seq, now, order.failed)
+            self._lose(seq, instance.moved_at, now, order.failed)
 
-    def _lose(self, seq: BatcherSequence, now: float, failed: bool = True) -> None:
+    def _lose(self, seq: BatcherSequence, moved_at: float, now: float, failed: bool = True) -> None:
         client = seq.payload
         assert isinstance(client, Client)
-        match client.lost(failed):
+        match client.lost(moved_at, failed):
             case "resume":
                 self._tell(client.ask(now), now)
             case "complete":
