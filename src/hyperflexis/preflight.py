@@ -9,6 +9,7 @@ import contextlib
 import os
 import socket
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 
 from .config import Fleet, Model, TorchArgs
@@ -72,8 +73,11 @@ def key_file_warning(file: Path) -> str | None:
     return None
 
 
-def check_memory(fleet: Fleet, available: int | None) -> None:
-    """The torch models fit: those on the CPU into ``available`` bytes, those elsewhere into the given devices."""
+def check_memory(fleet: Fleet, available: int | None, running: Mapping[str, int] = {}) -> None:
+    """The torch models fit: those on the CPU into ``available`` bytes, those elsewhere into the given devices.
+
+    ``running`` says how many instances of a model run already, and so are not among what is available.
+    """
     host_bytes = 0
     parts = []
     for name, model in fleet.models.items():
@@ -83,8 +87,9 @@ def check_memory(fleet: Fleet, available: int | None) -> None:
         weights, kv = _weight_bytes(model, args), _kv_bytes(model, args)
         per_instance = f"{_gib(weights)} weights + {_gib(kv)} KV cache"
         if args.device == "cpu":
-            host_bytes += model.num_instances * (weights + kv + PROCESS_BYTES)
-            parts.append(f"{model.num_instances} x {name} ({per_instance} + {_gib(PROCESS_BYTES)} process)")
+            num_new = model.num_instances - running.get(name, 0)
+            host_bytes += num_new * (weights + kv + PROCESS_BYTES)
+            parts.append(f"{num_new} x {name} ({per_instance} + {_gib(PROCESS_BYTES)} process)")
         else:
             sizes = [device.memory_gb * 1e9 for device in fleet.devices or () if device.memory_gb is not None]
             if sizes and weights + kv > max(sizes):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import assert_never
 
@@ -27,7 +28,7 @@ from .launch.local import instance_command, own_command, start_process
 from .launch.static import endpoint_command
 from .policy.catalog import Policy, find_policy
 from .runtime.server import ServerConfig
-from .runtime.state import Lock, StateFile, socket_dir
+from .runtime.state import Lock, RunningChild, StateFile, socket_dir
 from .runtime.supervisor import Child, Supervisor, observe_fleet
 
 READY_POLL_S = 0.05
@@ -95,6 +96,7 @@ def gateway_config(fleet: Fleet, state_dir: Path, index: int) -> GatewayConfig:
             idle_timeout_s=limits.idle_timeout_s,
             stall_timeout_s=limits.stall_timeout_s,
             shutdown_grace_s=limits.shutdown_grace_s,
+            resume_wait_s=limits.resume_wait_s,
         ),
     )
 
@@ -110,6 +112,21 @@ def _slo(ttft_ms: float | None, tpot_ms: float | None, e2e_ms: float | None) -> 
     return Slo(ttft_s, tpot_s, e2e_s)
 
 
+def instance_id(model: str, index: int) -> str:
+    """The name of a model's instance among the fleet's processes."""
+    return f"{model.replace('/', '-')}-{index}"
+
+
+def started_with(fleet: Fleet) -> dict[str, str]:
+    """What tells children that this fleet would start from others, by its name in words."""
+    keys = Path(fleet.api_keys_file).read_bytes() if fleet.api_keys_file is not None else b""
+    return {
+        "the release": __version__,
+        "the fleet file": fleet.digest(),
+        "the key file": hashlib.blake2b(keys, digest_size=8).hexdigest(),
+    }
+
+
 def children(fleet: Fleet, state_dir: Path) -> list[Child]:
     """All processes of the fleet. Raises ConfigError when two would have one name."""
     found = [Child("controller", "controller", lambda term: own_command("_controller", str(state_dir), str(term)), {})]
@@ -118,7 +135,7 @@ def children(fleet: Fleet, state_dir: Path) -> list[Child]:
     policy = find_policy("round_robin" if fleet.observe else fleet.policy)
     for name, model in fleet.models.items():
         for index in range(model.num_instances):
-            id = f"{name.replace('/', '-')}-{index}"
+            id = instance_id(name, index)
             listen = f"unix:{sockets / f'instance-{len(found)}.sock'}"
             command = _instance(model, index, id, name, listen, controller, policy)
             found.append(Child(id, "instance", command, model.env))
@@ -200,7 +217,8 @@ class Terminal:
                 for id in sorted(ready - self._ready):
                     tell(f"{id} is ready")
                 for id in sorted(self._ready - ready):
-                    tell(f"{id} is not ready any more")
+                    why = message.notices.get(id)
+                    tell(f"{id} takes nothing new: {why}" if why else f"{id} is not ready any more")
                 self._ready = ready
             case _:
                 assert_never(message)
@@ -264,20 +282,36 @@ async def serve(fleet: Fleet) -> None:
     with Lock(state_dir):
         state = StateFile(state_dir)
         supervisor = Supervisor(state, state_dir / "logs", start_process, tell, fleet.limits.shutdown_grace_s)
-        await supervisor.clean_up()
-        host, port = fleet.host_port
-        port = preflight.find_port(host, port)
-        preflight.check_memory(fleet, preflight.available_memory())
-        fleet = fleet.model_copy(update={"listen": f"{fleet.listen.rpartition(':')[0]}:{port}"})
+        basis = started_with(fleet)
+        obstacle = state.why_replace(basis)
+        if obstacle is not None:
+            await supervisor.clean_up(obstacle)
+        adopted = state.survivors()
+        fleet = _listening(fleet, state.state.listen, adopted)
+        running = {
+            name: sum(instance_id(name, index) in adopted for index in range(model.num_instances))
+            for name, model in fleet.models.items()
+        }
+        preflight.check_memory(fleet, preflight.available_memory(), running)
         fleet_file(state_dir).write_text(fleet.model_dump_json(indent=1, exclude_unset=True))
         gateway_config(fleet, state_dir, 0)  # what is wrong with it is said here and not in a child's log
         processes = children(fleet, state_dir)
         terminal = Terminal(fleet, state_dir, processes)
-        state.record_serve(fleet.listen)
+        state.record_serve(fleet.listen, basis)
         terminal.begin()
         await _supervise(supervisor, processes, terminal, controller_address(state_dir))
         shutil.rmtree(socket_dir(state_dir), ignore_errors=True)
-        state.forget_serve()
+        state.forget_all()
+
+
+def _listening(fleet: Fleet, before: str, adopted: Mapping[str, RunningChild]) -> Fleet:
+    """The fleet with the port that it listens at: the one ``before``, if any of it runs on."""
+    listen = before if adopted else fleet.listen
+    fleet = fleet.model_copy(update={"listen": listen})
+    if any(child.role == "gateway" for child in adopted.values()):
+        return fleet  # the port is taken, by our own
+    port = preflight.find_port(*fleet.host_port)
+    return fleet.model_copy(update={"listen": f"{listen.rpartition(':')[0]}:{port}"})
 
 
 async def _supervise(supervisor: Supervisor, fleet: Sequence[Child], terminal: Terminal, controller: str) -> None:

@@ -165,6 +165,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Serve]]:
     yield begin
     for serve in running:
         serve.stop()
+    for serve in running:
         assert not [pid for pid in serve.pids if alive(pid)], "children were left behind"
 
 
@@ -229,48 +230,6 @@ def test_a_killed_child_comes_back(start: Callable[..., Serve]) -> None:
     wait_until(answers, serve.report)
 
 
-def test_streams_of_a_killed_instance_end_and_those_of_others_go_on(
-    start: Callable[..., Serve], tmp_path: Path
-) -> None:
-    profile = json.loads((PROFILES / "h100-llama-3.1-8b.json").read_text())
-    profile["coefficients"]["c0"] = 0.002  # thousands of tokens in seconds
-    (tmp_path / "fast.json").write_text(json.dumps(profile))
-    serve = start(profile=str(tmp_path / "fast.json"), extra="policy: round_robin\n").wait_ready()
-    killed = serve.state()["children"]["tiny-1"]
-    num_tokens = 2000
-    with ThreadPoolExecutor(6) as threads:
-        streams = list(threads.map(lambda _: serve.stream(num_tokens), range(6)))
-        instances = [response.headers["x-hfx-instance"] for _, response in streams]
-        assert sorted(instances) == ["tiny-0"] * 3 + ["tiny-1"] * 3
-        os.kill(killed["pid"], signal.SIGKILL)
-        # A stream that hangs runs into the time limit of its connection.
-        bodies = list(threads.map(lambda stream: stream[1].read().decode(), streams))
-    for connection, _ in streams:
-        connection.close()
-    for instance, body in zip(instances, bodies, strict=True):
-        *events, done, nothing = body.split("\n\n")
-        assert (done, nothing) == ("data: [DONE]", "")
-        last = json.loads(events[-1].removeprefix("data: "))
-        if instance == "tiny-1":
-            assert last["error"]["code"] == "instance_lost"
-            assert len(events) < num_tokens
-        else:
-            assert last["choices"][0]["finish_reason"] == "length"
-            assert '"error"' not in body
-    assert serve.metric("requests_total", outcome="finished") == 3
-    assert serve.metric("requests_total", outcome="failed") == 3
-
-    def is_back() -> bool:
-        child = serve.state()["children"].get("tiny-1")
-        return child is not None and child["pid"] != killed["pid"] and serve.metric("instances_ready") == 2
-
-    wait_until(is_back, serve.report)
-    back = serve.state()["children"]["tiny-1"]
-    serve.pids.add(back["pid"])
-    assert back["number"] == killed["number"] + 1
-    assert all(serve.complete()[0] == 200 for _ in range(2))
-
-
 def test_a_client_that_leaves_frees_its_kv(start: Callable[..., Serve]) -> None:
     serve = start().wait_ready()
     connection, response = serve.stream(100_000)
@@ -283,19 +242,106 @@ def test_a_client_that_leaves_frees_its_kv(start: Callable[..., Serve]) -> None:
     assert serve.metric("requests_total") == 1
 
 
-def test_what_a_killed_serve_left_is_cleaned_up_and_served_again(start: Callable[..., Serve]) -> None:
+def kill(serve: Serve) -> None:
+    """End a serve without a chance to do anything about it."""
+    serve.process.kill()
+    serve.process.wait()
+
+
+def test_streams_run_on_while_serve_is_killed_and_the_next_one_adopts_the_fleet(
+    start: Callable[..., Serve], tmp_path: Path
+) -> None:
+    profile = json.loads((PROFILES / "h100-llama-3.1-8b.json").read_text())
+    profile["coefficients"]["c0"] = 0.002  # thousands of tokens in seconds
+    (tmp_path / "fast.json").write_text(json.dumps(profile))
+    first = start(profile=str(tmp_path / "fast.json")).wait_ready()
+    before, num_tokens = first.state(), 3000
+    with ThreadPoolExecutor(4) as threads:
+        streams = list(threads.map(lambda _: first.stream(num_tokens), range(4)))
+        kill(first)
+        assert all(alive(pid) for pid in first.pids), "the fleet outlives its supervisor"
+        second = start(profile=str(tmp_path / "fast.json")).wait_ready()
+        assert second.metric("requests_total") == 0, "all streams still run"
+        bodies = list(threads.map(lambda stream: stream[1].read().decode(), streams))
+    for connection, _ in streams:
+        connection.close()
+    for body in bodies:
+        *events, done, nothing = body.split("\n\n")
+        assert (done, nothing) == ("data: [DONE]", "")
+        last = json.loads(events[-1].removeprefix("data: "))
+        assert last["choices"][0]["finish_reason"] == "length"
+        assert '"error"' not in body
+    assert second.metric("requests_total", outcome="finished") == 4
+    assert second.metric("generation_tokens_total") == 4 * num_tokens
+    assert "adopted 4 processes of an earlier serve: " in second.text
+    after = second.state()
+    assert (after["children"], after["term"], after["epochs"]) == (before["children"], before["term"], before["epochs"])
+    assert after["listen"] == before["listen"], "though the file leaves the port open"
+    assert second.complete()[0] == 200
+    assert second.stop() == 0
+    assert not [pid for pid in first.pids if alive(pid)], "the adopted are stopped as its own"
+    assert "was killed" not in second.text
+
+
+def test_an_adopted_fleet_is_kept_whole(start: Callable[..., Serve]) -> None:
+    first = start().wait_ready()
+    kill(first)
+    died = first.state()["children"]["tiny-1"]
+    os.kill(died["pid"], signal.SIGKILL)
+    wait_until(lambda: not alive(died["pid"]), first.report)
+    second = start().wait_ready()
+    assert "adopted 3 processes of an earlier serve: " in second.text
+    assert second.state()["children"]["tiny-1"]["number"] == died["number"] + 1
+    for name in ("tiny-0", "gateway-0", "controller"):
+        killed = second.state()["children"][name]
+        os.kill(killed["pid"], signal.SIGKILL)
+        second.wait_text(rf"{name} ended; restart in 0.5 s")
+
+        def is_back(name: str = name, killed: dict[str, int] = killed) -> bool:
+            child = second.state()["children"].get(name)
+            return child is not None and child["pid"] != killed["pid"]
+
+        wait_until(is_back, second.report)
+        assert second.state()["children"][name]["number"] == killed["number"] + (name != "gateway-0")
+    second.pids |= {child["pid"] for child in second.state()["children"].values()}
+
+    def answers() -> bool:
+        try:
+            return second.complete()[0] == 200 and second.metric("instances_ready") == 2
+        except OSError:
+            return False
+
+    wait_until(answers, second.report)
+    assert second.state()["listen"] == first.state()["listen"]
+
+
+def test_children_of_another_fleet_file_are_replaced(start: Callable[..., Serve]) -> None:
     port = free_port()
     first = start(port=port).wait_ready()
-    first.process.kill()
-    first.process.wait()
-    assert all(alive(pid) for pid in first.pids), "the fleet outlives its supervisor"
-    assert first.complete()[0] == 200
-    second = start(port=port).wait_ready()
-    assert "earlier serve left" in second.text
+    kill(first)
+    assert first.complete()[0] == 200, "the fleet outlives its supervisor"
+    second = start(port=port, extra="policy: round_robin\n").wait_ready()
+    assert "the fleet file changed: stopping 4 processes of the earlier serve: " in second.text
+    assert "adopted" not in second.text
     assert not [pid for pid in first.pids if alive(pid)]
     assert second.complete()[0] == 200
     assert second.state()["children"]["tiny-0"]["number"] == 2
     assert second.state()["term"] == 2
+
+
+def test_a_stop_that_was_cut_off_is_finished(start: Callable[..., Serve]) -> None:
+    first = start().wait_ready()
+    gateway = first.state()["children"]["gateway-0"]["pid"]
+    os.kill(gateway, signal.SIGSTOP)  # so that the stop lasts
+    first.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: first.state()["stopping"], first.report)
+    kill(first)
+    os.kill(gateway, signal.SIGCONT)
+    second = start().wait_ready()
+    assert "adopted" not in second.text
+    assert not [pid for pid in first.pids if alive(pid)]
+    assert second.complete()[0] == 200
+    assert second.state()["stopping"] == []
 
 
 def test_a_second_serve_of_the_same_fleet_is_refused(start: Callable[..., Serve]) -> None:

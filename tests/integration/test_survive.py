@@ -83,6 +83,7 @@ def test_streams_of_a_hung_instance_go_on_and_it_comes_back(fleet: Serve) -> Non
     try:
         assert run_streams(fleet, lambda: os.kill(hung, signal.SIGSTOP)) == calm
         assert fleet.metric("instances_ready") == 1
+        fleet.wait_text(r"tiny-1 takes nothing new: no iteration for \d\.\d s")
         assert fleet.complete()[0] == 200
     finally:
         os.kill(hung, signal.SIGCONT)

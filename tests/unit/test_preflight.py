@@ -53,6 +53,14 @@ def test_too_little_memory_states_both_figures_and_the_remedy(tmp_path: Path) ->
     preflight.check_memory(fleet(tmp_path), available=21 * GIB)
 
 
+def test_instances_that_run_already_are_not_counted_again(tmp_path: Path) -> None:
+    model_dir(tmp_path, 10 * GIB)
+    with pytest.raises(HyperFlexisError, match="1 x big"):
+        preflight.check_memory(fleet(tmp_path), 5 * GIB, {"big": 1})
+    preflight.check_memory(fleet(tmp_path), 11 * GIB, {"big": 1})
+    preflight.check_memory(fleet(tmp_path), 0, {"big": 2})
+
+
 def test_another_dtype_and_the_kv_cache_count(tmp_path: Path) -> None:
     model_dir(tmp_path, 10 * GIB)
     preflight.check_memory(fleet(tmp_path, "dtype: bfloat16"), available=21 * GIB)

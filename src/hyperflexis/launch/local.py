@@ -2,6 +2,9 @@
 
 A session of its own keeps a terminal's Ctrl-C from the child, so that ``serve`` alone decides the order of the stop;
 it is also a process group, so that a signal reaches what the child itself started.
+
+A child waits at a gate until its pid is known to whoever keeps the books. Were ``serve`` killed before that, nobody
+could find the child again; the gate then sees the end of its input and the child ends.
 """
 
 from __future__ import annotations
@@ -11,8 +14,11 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+GATE = 'read -r go && exec "$@" </dev/null'
+"""What a child runs first: it becomes the command, under the same pid, once it reads a line."""
 
 
 class LocalProcess:
@@ -35,23 +41,32 @@ class LocalProcess:
             os.killpg(self.pid, number)
 
 
-async def start_process(command: Sequence[str], env: Mapping[str, str], log: Path) -> LocalProcess:
+async def start_process(
+    command: Sequence[str], env: Mapping[str, str], log: Path, started: Callable[[int], None]
+) -> LocalProcess:
     """Start ``command`` with ``env`` on top of this process's environment; the log of its last run becomes LOG.1.
 
-    Raises OSError when the program cannot be started.
+    ``started`` is called with the pid before the command begins, which it never does when that raises. A command that
+    is not there ends with status 127. Raises OSError when no process can be started.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     if log.exists():
         log.replace(log.with_name(f"{log.name}.1"))
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.DEVNULL,
+            *("/bin/sh", "-c", GATE, "sh", *command),
+            stdin=asyncio.subprocess.PIPE,
             stdout=output,
             stderr=output,
             env={**os.environ, "PYTHONUNBUFFERED": "1", **env},
             start_new_session=True,
         )
+    assert process.stdin is not None
+    try:
+        started(process.pid)
+        process.stdin.write(b"go\n")
+    finally:
+        process.stdin.close()
     return LocalProcess(process)
 
 

@@ -2,7 +2,8 @@
 
 ``STATE_DIR/serve.lock`` is locked by the one ``serve`` of a fleet for as long as it lives; the kernel frees it however
 ``serve`` ends. ``STATE_DIR/state.json`` has the term of the controller, the epochs of the instances, and the processes
-that run: each by pid, start time and boot id, since a pid alone may by now be another program's.
+that run: each by pid, start time and boot id, since a pid alone may by now be another program's. What they were started
+with is noted too, so that the next ``serve`` can tell whether they are what it would start itself.
 """
 
 from __future__ import annotations
@@ -14,38 +15,48 @@ import os
 import signal
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Literal
 
 import msgspec
 
 from ..errors import HyperFlexisError
 
+Role = Literal["gateway", "instance", "controller"]
 VERSION = 1
 # Linux's sun_path holds 108 bytes with the final zero, macOS's 104.
 MAX_SOCKET_PATH = 100
 
 
 class Running(msgspec.Struct, frozen=True):
-    """A child process. ``number`` is the term or epoch it was started with; ``started`` and ``boot_id`` tell it from
-    a later process of the same pid."""
+    """A process. ``started`` and ``boot_id`` tell it from a later one of the same pid."""
 
     pid: int
     started: str
     boot_id: str
+
+
+class RunningChild(Running, frozen=True):
+    """A child process. ``number`` is the term or epoch it was started with."""
+
     number: int
+    role: Role = "instance"
 
 
 class State(msgspec.Struct):
-    """The content of state.json."""
+    """The content of state.json. ``started_with`` has what children read when they start, by its name in words;
+    ``stopping`` the roles whose children were told to stop."""
 
     version: int = VERSION
     listen: str = ""
     serve: Running | None = None
+    started_with: dict[str, str] = {}
+    stopping: list[Role] = []
     term: int = 0
     epochs: dict[str, int] = {}
-    children: dict[str, Running] = {}
+    children: dict[str, RunningChild] = {}
 
 
 class StateFile:
@@ -85,20 +96,33 @@ class StateFile:
         self.save()
         return epoch
 
-    def record_serve(self, listen: str) -> None:
-        """Note this process as the fleet's serve, and where clients reach it."""
+    def record_serve(self, listen: str, started_with: Mapping[str, str]) -> None:
+        """Note this process as the fleet's serve, where clients reach it, and what children start with from now on."""
         self.state.listen = listen
-        self.state.serve = identify(os.getpid(), 0)
+        self.state.started_with = dict(started_with)
+        self.state.stopping = []
+        self.state.serve = identify(os.getpid())
         self.save()
 
-    def forget_serve(self) -> None:
-        """Note that serve ended and left nothing running."""
+    def forget_all(self) -> None:
+        """Note that serve ended, or was killed, and that nothing is left running."""
         self.state.serve = None
+        self.state.stopping = []
+        self.state.children = {}
         self.save()
 
-    def record(self, child: str, pid: int, number: int) -> None:
+    def begin_stop(self, role: Role) -> bool:
+        """Note that the children of a role are told to stop. False when an earlier serve told them already."""
+        if role in self.state.stopping:
+            return False
+        self.state.stopping.append(role)
+        self.save()
+        return True
+
+    def record(self, child: str, role: Role, pid: int, number: int) -> None:
         """Note that a child runs."""
-        self.state.children[child] = identify(pid, number)
+        known = identify(pid)
+        self.state.children[child] = RunningChild(known.pid, known.started, known.boot_id, number, role)
         self.save()
 
     def forget(self, child: str) -> None:
@@ -106,9 +130,16 @@ class StateFile:
         if self.state.children.pop(child, None) is not None:
             self.save()
 
-    def survivors(self) -> dict[str, Running]:
+    def survivors(self) -> dict[str, RunningChild]:
         """Children that an earlier serve left running."""
         return {name: child for name, child in self.state.children.items() if is_alive(child)}
+
+    def why_replace(self, started_with: Mapping[str, str]) -> str | None:
+        """Why a serve whose children start with this cannot adopt the survivors; None when it can."""
+        if self.state.stopping:
+            return "an earlier serve was ended while it stopped"
+        changed = [what for what, now in started_with.items() if self.state.started_with.get(what) != now]
+        return f"{' and '.join(changed)} changed" if changed else None
 
 
 class Lock:
@@ -157,24 +188,26 @@ def socket_dir(state_dir: Path) -> Path:
     return path
 
 
-def identify(pid: int, number: int) -> Running:
+def identify(pid: int) -> Running:
     """What tells this process from a later one with its pid."""
-    return Running(pid, _started(pid), _boot_id(), number)
+    return Running(pid, _started(pid), _boot_id())
 
 
-def is_alive(child: Running) -> bool:
+def is_alive(process: Running) -> bool:
     """Whether that very process still runs."""
-    if child.boot_id != _boot_id():
+    if process.boot_id != _boot_id():
         return False
-    started = _started(child.pid)
-    return bool(started) and started == child.started
+    started = _started(process.pid)
+    return bool(started) and started == process.started
 
 
-def kill_group(child: Running, number: signal.Signals) -> None:
-    """Signal a child's process group, if it is still that child."""
-    if is_alive(child):
-        with contextlib.suppress(ProcessLookupError):  # it may have ended between the look and the signal
-            os.killpg(child.pid, number)
+def kill_group(leader: Running, number: signal.Signals) -> None:
+    """Signal a process group, also one that its leader has just left, unless its pid is another process's by now."""
+    # The system gives no pid away that is still a group's.
+    if leader.boot_id == _boot_id() and _started(leader.pid) in ("", leader.started):
+        # Either error says that the whole group is gone; macOS gives EPERM while a zombie is left.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(leader.pid, number)
 
 
 def _started(pid: int) -> str:

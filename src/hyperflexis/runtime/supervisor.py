@@ -1,8 +1,8 @@
 """Keeps a fleet's children running: the controller, the gateways, the instances.
 
 Each child is restartable alone, and none dies with the supervisor: should ``serve`` be killed outright, the fleet
-goes on serving and the next ``serve`` finds its children in the state file. On a clean stop the gateways end first, so
-that streams can drain, then the instances, then the controller; no child is left.
+goes on serving, and the next ``serve`` finds its children in the state file and adopts them. On a clean stop the
+gateways end first, so that streams can drain, then the instances, then the controller; no child is left.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import signal
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from .. import wire
 from ..core.events import GatewayJoined
+from .adopted import AdoptedProcess
 from .restarts import Restarts
-from .state import StateFile, kill_group
+from .state import Role, StateFile
 
-Role = Literal["gateway", "instance", "controller"]
 STOP_ORDER: tuple[Role, ...] = ("gateway", "instance", "controller")
 # After the gateways are gone nothing is left to finish; an instance only has to free its device.
 STOP_LIMIT_S: dict[Role, float] = {"gateway": 10.0, "instance": 10.0, "controller": 5.0}
@@ -30,12 +30,10 @@ _log = logging.getLogger(__name__)
 
 
 class Process(Protocol):
-    """A started child."""
+    """A running child."""
 
-    pid: int
-
-    async def wait(self) -> int:
-        """Its exit status, negative for a signal."""
+    async def wait(self) -> int | None:
+        """Its exit status, negative for a signal; None when nobody here can know it."""
 
     def signal(self, number: signal.Signals) -> None:
         """Signal it and what it started; nothing happens when it is gone."""
@@ -44,8 +42,10 @@ class Process(Protocol):
 class StartProcess(Protocol):
     """Starts a child with ``env`` on top of ours and its output in ``log``. Raises OSError."""
 
-    def __call__(self, command: Sequence[str], env: Mapping[str, str], log: Path) -> Coroutine[Any, Any, Process]:
-        """Start it."""
+    def __call__(
+        self, command: Sequence[str], env: Mapping[str, str], log: Path, started: Callable[[int], None]
+    ) -> Coroutine[Any, Any, Process]:
+        """Start it; ``started`` is called with its pid before it does anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,23 +90,26 @@ class Supervisor:
             self._at_once.set()
         self._stopping.set()
 
-    async def clean_up(self) -> None:
-        """End the children that a killed serve left behind, so that their sockets, ports and memory are free."""
+    async def clean_up(self, why: str) -> None:
+        """Stop in order what an earlier serve left running, so that its sockets, ports and memory are free."""
         left = self._state.survivors()
         if left:
-            self._tell(f"stopping {len(left)} processes that an earlier serve left: {', '.join(left)}")
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for child in left.values():
-                kill_group(child, number)
-            # Nobody waits for these with wait(2): they were another process's children.
-            deadline = asyncio.get_running_loop().time() + 5.0
-            while self._state.survivors() and asyncio.get_running_loop().time() < deadline:
-                await asyncio.sleep(0.05)
-        self._state.state.children.clear()
-        self._state.save()
+            self._tell(f"{why}: stopping {len(left)} processes of the earlier serve: {', '.join(left)}")
+        self._running.update((name, AdoptedProcess(child)) for name, child in left.items())
+        tasks = {name: asyncio.create_task(self._wait(name)) for name in left}
+        for role in STOP_ORDER:
+            await self._stop_role(role, {name: tasks[name] for name, child in left.items() if child.role == role})
+        self._state.forget_all()
 
     async def run(self, children: Sequence[Child]) -> None:
-        """Returns when all children have ended after ``stop``; leaves none behind however it ends."""
+        """Adopt the children that run already, start the others, and keep all.
+
+        Returns when all have ended after ``stop``; leaves none behind however it ends.
+        """
+        adopted = self._state.survivors()
+        if adopted:
+            self._tell(f"adopted {len(adopted)} processes of an earlier serve: {', '.join(adopted)}")
+        self._running.update((name, AdoptedProcess(child)) for name, child in adopted.items())
         tasks = {child.name: asyncio.create_task(self._keep(child)) for child in children}
         try:
             stopped = asyncio.create_task(self._stopping.wait())
@@ -123,9 +126,10 @@ class Supervisor:
                 task.cancel()
             await asyncio.gather(*tasks.values(), return_exceptions=True)
 
-    async def _stop_role(self, role: Role, tasks: Mapping[str, asyncio.Task[None]]) -> None:
+    async def _stop_role(self, role: Role, tasks: Mapping[str, asyncio.Task[Any]]) -> None:
         first = signal.SIGKILL if self._at_once.is_set() else signal.SIGTERM
-        self._signal(tasks, first)
+        if self._state.begin_stop(role):  # to those that were told before, a second signal would mean: at once
+            self._signal(tasks, first)
         ended = asyncio.gather(*tasks.values(), return_exceptions=True)
         at_once = asyncio.create_task(self._at_once.wait())
         either: list[asyncio.Future[Any]] = [ended, at_once]
@@ -146,7 +150,7 @@ class Supervisor:
         clock = asyncio.get_running_loop().time
         restarts = Restarts()
         log = self._log_dir / f"{child.name}.log"
-        while not self._stopping.is_set():
+        while child.name in self._running or not self._stopping.is_set():
             began = clock()
             ended = await self._run_once(child, log)
             if self._stopping.is_set():
@@ -163,22 +167,33 @@ class Supervisor:
                 await asyncio.wait_for(self._stopping.wait(), verdict.delay_s)
 
     async def _run_once(self, child: Child, log: Path) -> str:
-        """Start the child and wait for its end, which is returned in words."""
-        number = self._mint(child)
-        try:
-            process = await self._start(child.command(number), child.env, log)
-        except OSError as error:
-            return f"could not be started: {error}"
-        self._running[child.name] = process
-        self._state.record(child.name, process.pid, number)
-        if self._stopping.is_set():
-            process.signal(signal.SIGTERM)  # the stop came while it was being started and did not see it
-        try:
-            code = await process.wait()
-        finally:
-            del self._running[child.name]
-            self._state.forget(child.name)
+        """Start the child, unless it was adopted, and wait for its end, which is returned in words."""
+        if child.name not in self._running:
+            number = self._mint(child)
+
+            def started(pid: int) -> None:
+                self._state.record(child.name, child.role, pid, number)
+
+            try:
+                process = await self._start(child.command(number), child.env, log, started)
+            except OSError as error:
+                return f"could not be started: {error}"
+            self._running[child.name] = process
+            if self._stopping.is_set():
+                process.signal(signal.SIGTERM)  # the stop came while it was being started and did not see it
+        code = await self._wait(child.name)
+        if code is None:
+            return "ended"
         return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+
+    async def _wait(self, name: str) -> int | None:
+        """The exit status of a running child."""
+        try:
+            code = await self._running[name].wait()
+        finally:
+            del self._running[name]
+        self._state.forget(name)
+        return code
 
     def _mint(self, child: Child) -> int:
         match child.role:

@@ -29,30 +29,60 @@ def test_terms_and_epochs_only_grow_over_restarts(tmp_path: Path) -> None:
 
 
 def test_what_an_earlier_serve_left_is_found_and_can_be_ended(tmp_path: Path, child: subprocess.Popen[bytes]) -> None:
-    StateFile(tmp_path).record("a", child.pid, 7)
+    StateFile(tmp_path).record("a", "gateway", child.pid, 7)
     later = StateFile(tmp_path)
-    assert later.survivors()["a"].number == 7
+    found = later.survivors()["a"]
+    assert (found.number, found.role) == (7, "gateway")
     kill_group(later.survivors()["a"], signal.SIGKILL)
     child.wait(10)
     assert later.survivors() == {}
 
 
 def test_a_later_process_of_the_same_pid_is_not_taken_for_the_child(child: subprocess.Popen[bytes]) -> None:
-    real = identify(child.pid, 1)
+    real = identify(child.pid)
     assert is_alive(real)
     for other in (msgspec.structs.replace(real, started="0"), msgspec.structs.replace(real, boot_id="another boot")):
         assert not is_alive(other)
         kill_group(other, signal.SIGKILL)
-    assert child.poll() is None
+    child.communicate(b"\n", timeout=10)
+    assert child.returncode == 0, "it ended by itself"
 
 
 def test_a_process_that_ended_but_was_not_waited_for_is_not_alive() -> None:
     with subprocess.Popen([sys.executable, "-c", "pass"], stdout=subprocess.PIPE) as process:
-        seen = identify(process.pid, 1)
+        seen = identify(process.pid)
         assert process.stdout is not None
         process.stdout.read()  # until it ends; it stays a zombie until wait()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         assert not is_alive(seen)
+
+
+def test_a_child_of_other_origin_is_replaced_and_the_reason_is_said(tmp_path: Path) -> None:
+    basis = {"the release": "1", "the fleet file": "x"}
+    assert StateFile(tmp_path).why_replace(basis) == "the release and the fleet file changed"
+    StateFile(tmp_path).record_serve("127.0.0.1:1", basis)
+    assert StateFile(tmp_path).why_replace(basis) is None
+    assert StateFile(tmp_path).why_replace({**basis, "the fleet file": "y"}) == "the fleet file changed"
+    assert StateFile(tmp_path).why_replace({**basis, "the key file": ""}) == "the key file changed"
+
+
+def test_a_stop_that_was_begun_is_known_to_the_next_serve_until_it_begins_itself(tmp_path: Path) -> None:
+    StateFile(tmp_path).record_serve("127.0.0.1:1", {})
+    assert StateFile(tmp_path).begin_stop("gateway")
+    later = StateFile(tmp_path)
+    assert "stopped" in (later.why_replace({}) or "")
+    assert (later.begin_stop("gateway"), later.begin_stop("instance")) == (False, True)
+    later.record_serve("127.0.0.1:1", {})
+    assert StateFile(tmp_path).why_replace({}) is None
+
+
+def test_a_state_file_without_roles_and_origin_can_be_read(tmp_path: Path, child: subprocess.Popen[bytes]) -> None:
+    known = msgspec.to_builtins(identify(child.pid))
+    old = {"version": 1, "listen": "", "serve": {**known, "number": 0}, "children": {"a": {**known, "number": 3}}}
+    (tmp_path / "state.json").write_bytes(msgspec.json.encode(old))
+    state = StateFile(tmp_path)
+    assert state.survivors()["a"].number == 3
+    assert state.why_replace({"the release": "1"}) is not None
 
 
 def test_a_second_lock_is_refused_with_the_pid_and_the_remedy(tmp_path: Path) -> None:
