@@ -35,6 +35,7 @@ from .policy_file import load_policy
 from .runtime.journal import VERSION as JOURNAL_VERSION
 from .runtime.journal import Header, encode_line
 from .sim.driver import MODEL
+from .sim.faults import parse_fault
 from .sim.oracle import capacity_rps, request_costs_s
 from .sim.workload import Workload, generate
 from .simulate_results import Plan, Results
@@ -76,6 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device-factor", type=float, default=1.0, metavar="X", help="the device takes X times what the profile says"
     )
     group.add_argument("--report-delay-ms", type=float, default=0.0, metavar="X", help="reports arrive so late")
+    group.add_argument(
+        "--fault",
+        action="append",
+        default=[],
+        metavar="KIND:I@T+D",
+        help="kill, hang, slow or drain instance I after T seconds for D seconds: kill:0@60+10, slow:1@60+10x5",
+    )
     group.add_argument("--known-lengths", action="store_true", help="tell the scheduler each request's output length")
     group.add_argument("--no-leap", action="store_true", help="step every iteration: the same result, slowly")
 
@@ -153,6 +161,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         report_delay_s=_number("--report-delay-ms", args.report_delay_ms) / 1000.0,
         known_lengths=args.known_lengths,
         leap=not args.no_leap,
+        faults=tuple(parse_fault(text, args.instances) for text in args.fault),
     )
     # The capacity is that of the workload's own seed, so that other seeds are not measured with another yardstick.
     arrivals = generate(workload)

@@ -162,6 +162,7 @@ class Results:
                 "device_factor": setting.device_factor,
                 "report_delay_ms": 1000.0 * setting.report_delay_s,
                 "known_lengths": setting.known_lengths,
+                "faults": [asdict(fault) for fault in setting.faults],
             },
             "oracle": self._oracle(),
             "policies": {name: self._policy(name) for name in plan.names},
@@ -304,6 +305,7 @@ class Results:
             "noise of iteration times": percent(setting.noise),
             "device's times / profile's": f"{setting.device_factor:g}",
             "reports late by": f"{1000.0 * setting.report_delay_s:g} ms",
+            "faults": ", ".join(f"{f.kind} {f.instance} at {f.at_s:g} s" for f in setting.faults) or "none",
             "output lengths known": "yes" if setting.known_lengths else "no",
             "wall-clock time": f"{self.wall_s:.1f} s",
         }

@@ -14,6 +14,7 @@ from .errors import HyperFlexisError
 from .policy.catalog import Policy
 from .policy_file import load_policy, where
 from .sim.driver import Observer, SimConfig, SimCounters, SimResult, simulate
+from .sim.faults import Fault
 from .sim.oracle import LpBound, lp_bound
 from .sim.workload import Arrival, Workload, generate, scaled
 from .telemetry.compare import Curves, Timeline, curves
@@ -36,6 +37,7 @@ class Setting:
     report_delay_s: float = 0.0
     known_lengths: bool = False
     leap: bool = True
+    faults: tuple[Fault, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,7 @@ class Runner:
             report_delay_s=setting.report_delay_s,
             known_lengths=setting.known_lengths,
             leap=setting.leap,
+            faults=setting.faults,
             sample_s=duration_s / TIMELINE_POINTS if task.detailed else 0.0,
         )
         try:

@@ -109,7 +109,7 @@ def test_leaping_equals_stepping(seed: int) -> None:
     small = random.random() < 0.4
     faults = tuple(
         Fault(random.uniform(0.0, 4.0), random.randrange(2), kind, random.uniform(0.1, 2.0), 3.0)  # type: ignore[arg-type]
-        for kind in random.sample(("kill", "hang", "slow"), random.choice((0, 0, 1, 2)))
+        for kind in random.sample(("kill", "hang", "slow", "drain"), random.choice((0, 0, 1, 2)))
     )
     setup = config(
         random.choice(POLICY_NAMES),
@@ -195,6 +195,16 @@ def test_streams_wait_for_the_only_instance_to_come_back() -> None:
     assert all(record.e2e_s is not None and record.e2e_s > 3.0 for record in result.run.records)
 
 
+def test_a_drained_instance_is_empty_at_once_and_serves_again() -> None:
+    arrivals = [Arrival(0.05 * k, "c", Slo(5.0, 0.05), 1.0, 500, 100) for k in range(200)]
+    result, _ = run(config(faults=(Fault(2.0, 0, "drain", 4.0),)), arrivals, 10.0)
+    assert {record.outcome for record in result.run.records} == {"finished"}
+    during = [record.instance for record in result.run.records if 2.0 <= record.arrived_at < 6.0]
+    assert set(during) == {"1"}
+    assert any(record.pause_s > 0.0 for record in result.run.records), "some moved"
+    assert any(record.instance == "0" for record in result.run.records if record.arrived_at > 6.0)
+
+
 def test_ten_thousand_streams_under_random_faults_end_once_with_all_their_tokens() -> None:
     random, arrivals, t = Random(3), [], 0.0
     for _ in range(10_000):
@@ -203,7 +213,7 @@ def test_ten_thousand_streams_under_random_faults_end_once_with_all_their_tokens
     faults, at = [], 0.0
     while at < t:
         at += random.expovariate(2.0)
-        kind = random.choice(("kill", "kill", "hang", "slow"))
+        kind = random.choice(("kill", "kill", "hang", "slow", "drain"))
         faults.append(Fault(at, random.randrange(6), kind, random.uniform(0.05, 2.0), 10.0))  # type: ignore[arg-type]
     result, _ = run(config(instances=6, faults=tuple(faults)), arrivals, t)
     outcomes = Counter(record.outcome for record in result.run.records)

@@ -30,7 +30,7 @@ from ..batcher import Batch, Batcher, BatcherConfig, RequestTooLong
 from ..batcher import Sequence as BatcherSequence
 from ..controller import Controller, ControllerConfig
 from ..core.effects import Dispatch, Drain, Effect, Evacuate, Reject, Suspect
-from ..core.events import Event, InstanceJoined, InstanceLeft, InstanceReported, RequestFinished, Tick
+from ..core.events import DrainAsked, Event, InstanceJoined, InstanceLeft, InstanceReported, RequestFinished, Tick
 from ..core.health import WATCH_S
 from ..core.instance import InstanceInfo, InstanceReport
 from ..core.latency import OnlineFit
@@ -258,10 +258,13 @@ class _Simulation:
                     self._dispatch(self._clients[effect.request_id], effect, now)
                 case Reject():
                     self._end(self._clients[effect.request_id], "rejected", now, detail=effect.reason)
-                case Suspect() | Drain():
+                case Suspect():
                     pass
                 case Evacuate():
-                    self._evacuate(effect, now)
+                    self._evacuate(self._instances[int(effect.instance)], now, effect.failed)
+                case Drain():
+                    if effect.limit_s is not None and effect.on:
+                        self._evacuate(self._instances[int(effect.instance)], now, failed=False)
                 case _:
                     assert_never(effect)
 
@@ -527,6 +530,8 @@ class _Simulation:
                 return
             case "slow":
                 instance.slow = fault.factor
+            case "drain":
+                self._tell(DrainAsked(instance.info.id, 0.0), now)
             case _:
                 assert_never(fault.kind)
         self._push(now + fault.for_s, _FAULT, (fault, instance.info.epoch))
@@ -542,12 +547,11 @@ class _Simulation:
         for seq in instance.batcher.sequences():
             self._lose(seq, instance.moved_at, now)
 
-    def _evacuate(self, order: Evacuate, now: float) -> None:
-        instance = self._instances[int(order.instance)]
+    def _evacuate(self, instance: _Instance, now: float, failed: bool) -> None:
         self._settle(instance, now, cut=True)
         for seq in instance.batcher.sequences():
             instance.batcher.cancel(seq.id)
-            self._lose(seq, instance.moved_at, now, order.failed)
+            self._lose(seq, instance.moved_at, now, failed)
 
     def _lose(self, seq: BatcherSequence, moved_at: float, now: float, failed: bool = True) -> None:
         client = seq.payload
@@ -568,6 +572,8 @@ class _Simulation:
         if fault.kind == "slow":
             self._settle(instance, now, cut=True)
             instance.slow = 1.0
+        elif fault.kind == "drain":
+            self._tell(DrainAsked(instance.info.id, None, on=False), now)
         elif fault.kind == "kill" and instance.info.epoch == epoch:
             fresh = self._instances[fault.instance] = self._launch(fault.instance, epoch + 1)
             self._tell(InstanceJoined(fresh.info), now)
