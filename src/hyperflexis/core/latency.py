@@ -35,6 +35,10 @@ so that what is derived from it can be kept."""
 SURPRISE = 3.0
 PATIENCE = 32
 
+THRIFT = 0.8
+"""Prompt tokens are cheap in an iteration where they cost at most this share of what they cost in a full one."""
+THRIFTY_RATE = 0.6
+"""A cheap chunk must still compute prompts at this share of the speed of a full one."""
 MOST_TOKENS = 1 << 30
 """How many prompt tokens fit where they cost nothing."""
 
@@ -134,6 +138,29 @@ class Coefficients:
         if at < len(curve):
             n = min(n, int(curve[at][0] - first))
         return min(n, self._root(left - self.c3 * decodes, context, 0.0)) if decodes else n
+
+    def thrifty_tokens(self, most: int, decodes: int) -> int:
+        """The chunk, of at most ``most`` tokens, whose tokens cost an iteration with ``decodes`` the least time each;
+        ``most`` where none is cheap and still quick. While the weights are read, some hundred tokens cost little:
+        larger chunks hold up the decodes for longer than they save. Contexts, which cost any chunk the same, are left
+        out."""
+        if not self.curve or most <= 0:
+            return most
+        alone_s = self.c3 * decodes
+
+        def extra_s(tokens: int) -> float:
+            return max(self.c1 * self.effective_tokens(tokens + decodes) - alone_s, 0.0)
+
+        base_s, whole_s = self.c0 + alone_s, extra_s(most)
+        best, price = most, THRIFT * whole_s / most
+        rate = THRIFTY_RATE * most / (base_s + whole_s)
+        for total, _ in self.curve:
+            tokens = int(total) - decodes
+            if 0 < tokens < most:
+                more_s = extra_s(tokens)
+                if more_s < price * tokens and tokens >= rate * (base_s + more_s):
+                    best, price = tokens, more_s / tokens
+        return best
 
     def _root(self, seconds: float, context: float, slope: float = 1.0) -> int:
         """The most n with ``slope*c1*n + c2*n*(context + n/2) <= seconds``."""

@@ -23,7 +23,7 @@ def on_time_subset(ordered: Sequence[QueuedJob], start: float = 0.0, speed: floa
 
     ``ordered`` must be sorted. Values must be positive.
     """
-    if _all_fit(ordered, start, speed):
+    if all_fit(ordered, start, speed):
         return ordered
     walk = _Walk(start, speed)
     walk.take(ordered)
@@ -37,7 +37,7 @@ def subset_with(
     place = bisect_left(ordered, job)
     before, after = ordered[:place], ordered[place:]
     joined = [*before, job, *after]
-    if _all_fit(joined, start, speed):
+    if all_fit(joined, start, speed):
         return joined, job.value
     without = _Walk(start, speed)
     without.take(before)
@@ -53,7 +53,8 @@ def subset_with(
     return kept, value - value_without
 
 
-def _all_fit(ordered: Sequence[QueuedJob], start: float, speed: float) -> bool:
+def all_fit(ordered: Sequence[QueuedJob], start: float, speed: float) -> bool:
+    """Whether all can be on time, as ``on_time_subset`` counts."""
     work = 0.0
     for job in ordered:
         work += job.work_s

@@ -58,6 +58,38 @@ def test_all_decodes_run_and_the_chunk_fits_their_slack():
     assert MODEL.predict(n + 2, 0, 1, 100) > plan.budget_s
 
 
+# Up to 500 tokens an iteration cost a tenth of the price beyond.
+CURVED = Coefficients(c0=0.010, c1=2e-5, c2=0.0, c3=1e-6, c4=0.0, curve=((0.0, 0.0), (500.0, 50.0)))
+
+
+def test_chunks_are_cheap_while_nobody_is_in_a_hurry():
+    running = [Request("d", next_due=0.05, pace_s=0.05, computed=100)]
+    calm = _plan([Request("p", 4000, next_due=10.0)], running, CURVED)
+    assert 490 <= calm.prefills[0][1] <= 499, "up to the knot of the curve, with the decode"
+    # 4,000 tokens are 8 cheap chunks of 11 ms each, or two and a half of 39 ms.
+    hurried = _plan([Request("p", 4000, next_due=0.1)], running, CURVED)
+    assert hurried.prefills[0][1] > 1500
+    many = [Request(f"p{k}", 4000, next_due=1.0, arrived_at=k) for k in range(8)]
+    assert sum(n for _, n in _plan(many, running, CURVED).prefills) > 1500
+
+
+def test_without_a_curve_or_without_decodes_chunks_are_whole():
+    linear = Coefficients(c0=0.010, c1=2e-5, c2=0.0, c3=1e-6, c4=0.0)
+    running = [Request("d", next_due=0.05, pace_s=0.05, computed=100)]
+    assert _plan([Request("p", 4000, next_due=10.0)], running, linear).prefills[0][1] > 1500
+    assert _plan([Request("p", 4000, next_due=10.0)], (), CURVED).prefills[0][1] == 4000
+
+
+def test_a_cheap_chunk_that_would_be_slow_is_not_taken():
+    # 50 tokens for nothing, but at a fifth of the speed.
+    slow = Coefficients(c0=0.010, c1=2e-5, c2=0.0, c3=0.0, c4=0.0, curve=((0.0, 0.0), (50.0, 0.0)))
+    assert slow.thrifty_tokens(1500, 0) == 1500
+    quick = Coefficients(c0=0.010, c1=2e-5, c2=0.0, c3=0.0, c4=0.0, curve=((0.0, 0.0), (400.0, 0.0)))
+    assert quick.thrifty_tokens(1500, 0) == 400
+    assert quick.thrifty_tokens(300, 0) == 300
+    assert quick.thrifty_tokens(0, 0) == 0
+
+
 def test_earliest_deadline_first_among_those_that_can_be_on_time():
     waiting = [Request("loose", 500, next_due=5.0), Request("tight", 500, next_due=0.3, arrived_at=1.0)]
     assert _ids(_plan(waiting)) == ["tight", "loose"]
