@@ -50,6 +50,8 @@ LIMIT_S = 120.0
 VICTIM = "victim"
 BEGUN = 10
 """Events that each stream must have had when the fault comes."""
+WARM_UP = 5000
+"""Where the numbers of the prompts of a warm-up begin."""
 DUTY_S = (0.01, 0.09)
 """A process that runs and stands still for so long in turn is ten times as slow."""
 SLOW_FACTOR = 10.0
@@ -69,7 +71,8 @@ class Setup:
 
 @dataclass
 class Heard:
-    """One stream as its client heard it: times of its events, its text, the instance that it began on."""
+    """One stream as its client heard it: times of its events, its text, the instance that it began on. The prompt
+    begins with its ``number``."""
 
     number: int
     times: list[float] = field(default_factory=list)
@@ -198,9 +201,11 @@ def hear(fleet: Fleet, heard: Heard) -> None:
         heard.problem = str(error)
 
 
-def run_streams(fleet: Fleet, count: int, fault: Callable[[], None] | None) -> tuple[list[Heard], float]:
+def run_streams(
+    fleet: Fleet, count: int, fault: Callable[[], None] | None, first: int = 0
+) -> tuple[list[Heard], float]:
     """What the clients heard, and when the fault came, in seconds after the first request."""
-    all_heard = [Heard(number) for number in range(count)]
+    all_heard = [Heard(first + number) for number in range(count)]
     began = time.monotonic()
     threads = [threading.Thread(target=hear, args=(fleet, heard)) for heard in all_heard]
     for thread in threads:
@@ -250,45 +255,65 @@ def predicted_s(fleet: Fleet, profile: Profile, count: int, fault: Fault) -> lis
     return [record.pause_s for record in simulate(config, arrivals, 60.0).run.records if record.pause_s]
 
 
-def measure(fleet: Fleet, profile: Callable[[], Profile], count: int) -> Iterator[dict[str, Any]]:
+@contextlib.contextmanager
+def fresh(setup: Setup, folder: Path) -> Iterator[Fleet]:
+    """A fleet with empty KV caches and a victim, its fits warm from other prompts."""
+    folder.mkdir()
+    fleet = Fleet(setup, folder)
+    try:
+        yield fleet
+    finally:
+        fleet.close()
+
+
+def measure(setup: Setup, folder: Path, count: int) -> Iterator[dict[str, Any]]:
     """A row for each fault."""
-    fleet.begin_victim()
-    run_streams(fleet, count, None)  # fits and caches are warm from here on
-    calm, at = run_streams(fleet, count, None)
+    with fresh(setup, folder / "none") as fleet:
+        fleet.begin_victim()
+        run_streams(fleet, count, None, WARM_UP)
+        calm, at = run_streams(fleet, count, None)
     texts = [heard.text for heard in calm]
-    usual = [heard.longest_pause_s for heard in calm]
-    yield {"fault": "none", "failed": sum(bool(h.problem) for h in calm), "p99_s": percentile(usual, 0.99)}
-    slow_options = ["--slow-factor", str(SLOW_FACTOR), "--slow-after-tokens", str(count * BEGUN)]
-    is_emulated = fleet.setup.engine == "emulated"
-    faults: dict[str, tuple[Callable[[], None], Fault | None]] = {
-        "SIGKILL": (lambda: fleet.signal_victim(signal.SIGKILL), Fault(at, 0, "kill", 60.0)),
-        "SIGSTOP": (lambda: fleet.signal_victim(signal.SIGSTOP), Fault(at, 0, "hang", 60.0)),
-        "ten times as slow": (lambda: None, Fault(at, 0, "slow", 60.0, SLOW_FACTOR)),
-        "hyperflexis drain": (fleet.drain_victim, None),
-        "SIGTERM": (lambda: fleet.signal_victim(signal.SIGTERM), None),
-        "controller SIGKILL": (fleet.kill_controller, None),
-        "serve SIGKILL, and again": (fleet.restart_serve, None),
-    }
-    for name, (apply, twin) in faults.items():
-        fleet.begin_victim(*(slow_options if name == "ten times as slow" and is_emulated else []))
-        with slowed(fleet) as slow:
-            heard, at = run_streams(fleet, count, slow if name == "ten times as slow" and not is_emulated else apply)
-        moved = [h.longest_pause_s for h in heard if h.instance == VICTIM]
-        row = {
-            "fault": name,
-            "at_s": at,
-            "streams": count,
-            "on_victim": len(moved),
-            "failed": sum(bool(h.problem) for h in heard),
-            "problems": sorted({h.problem for h in heard if h.problem}),
-            "different_texts": sum(h.text != text for h, text in zip(heard, texts, strict=True)),
-            "p50_s": percentile(moved, 0.5),
-            "p99_s": percentile(moved, 0.99),
-        }
-        if twin is not None:
-            pauses = predicted_s(fleet, profile(), count, dataclasses.replace(twin, at_s=at))
-            row |= {"predicted_p50_s": percentile(pauses, 0.5), "predicted_p99_s": percentile(pauses, 0.99)}
+    pauses = [heard.longest_pause_s for heard in calm]
+    yield {"fault": "none", "failed": sum(bool(h.problem) for h in calm), "p99_s": percentile(pauses, 0.99)}
+    is_emulated = setup.engine == "emulated"
+    # The victim computes about half of the warm-up's tokens and half of the first ones.
+    slow_after = count * (setup.num_tokens + BEGUN) // 2
+    slow_options = ["--slow-factor", str(SLOW_FACTOR), "--slow-after-tokens", str(slow_after)]
+    for number, (name, apply, twin) in enumerate(FAULTS):
+        with fresh(setup, folder / str(number)) as fleet:
+            stands_still = name == "ten times as slow" and not is_emulated
+            fleet.begin_victim(*(slow_options if name == "ten times as slow" and is_emulated else []))
+            run_streams(fleet, count, None, WARM_UP)
+            with slowed(fleet) as slow:
+                heard, at = run_streams(fleet, count, slow if stands_still else lambda: apply(fleet))  # noqa: B023
+            moved = [h.longest_pause_s for h in heard if h.instance == VICTIM]
+            row = {
+                "fault": name,
+                "at_s": at,
+                "streams": count,
+                "on_victim": len(moved),
+                "failed": sum(bool(h.problem) for h in heard),
+                "problems": sorted({h.problem for h in heard if h.problem}),
+                "different_texts": sum(h.text != text for h, text in zip(heard, texts, strict=True)),
+                "p50_s": percentile(moved, 0.5),
+                "p99_s": percentile(moved, 0.99),
+            }
+            if twin is not None:
+                pauses = predicted_s(fleet, profile_of(fleet), count, dataclasses.replace(twin, at_s=at))
+                row |= {"predicted_p50_s": percentile(pauses, 0.5), "predicted_p99_s": percentile(pauses, 0.99)}
         yield row
+
+
+FAULTS: list[tuple[str, Callable[[Fleet], None], Fault | None]] = [
+    ("SIGKILL", lambda fleet: fleet.signal_victim(signal.SIGKILL), Fault(0.0, 0, "kill", 60.0)),
+    ("SIGSTOP", lambda fleet: fleet.signal_victim(signal.SIGSTOP), Fault(0.0, 0, "hang", 60.0)),
+    ("ten times as slow", lambda fleet: None, Fault(0.0, 0, "slow", 60.0, SLOW_FACTOR)),
+    ("hyperflexis drain", lambda fleet: fleet.drain_victim(), None),
+    ("SIGTERM", lambda fleet: fleet.signal_victim(signal.SIGTERM), None),
+    ("controller SIGKILL", lambda fleet: fleet.kill_controller(), None),
+    ("serve SIGKILL, and again", lambda fleet: fleet.restart_serve(), None),
+]
+"""What happens, how, and what the simulator is told; the slow one is slow by its options or by ``slowed``."""
 
 
 def cost() -> dict[str, float]:
@@ -319,14 +344,10 @@ def main() -> None:
         for engine in args.engines.split(","):
             folder = Path(scratch) / engine
             folder.mkdir()
-            fleet = Fleet(setup_of(engine, folder), folder)
-            try:
-                rows = found["engines"][engine] = []
-                for row in measure(fleet, lambda fleet=fleet: profile_of(fleet), args.streams):  # type: ignore[misc]
-                    print(engine, json.dumps(row), flush=True)
-                    rows.append(row)
-            finally:
-                fleet.close()
+            rows = found["engines"][engine] = []
+            for row in measure(setup_of(engine, folder), folder, args.streams):
+                print(engine, json.dumps(row), flush=True)
+                rows.append(row)
     write_results(args.json, found)
 
 

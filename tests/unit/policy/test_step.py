@@ -67,7 +67,7 @@ def test_chunks_are_cheap_while_nobody_is_in_a_hurry():
     calm = _plan([Request("p", 4000, next_due=10.0)], running, CURVED)
     assert 490 <= calm.prefills[0][1] <= 499, "up to the knot of the curve, with the decode"
     # 4,000 tokens are 8 cheap chunks of 11 ms each, or two and a half of 39 ms.
-    hurried = _plan([Request("p", 4000, next_due=0.1)], running, CURVED)
+    hurried = _plan([Request("p", 4000, next_due=0.15)], running, CURVED)
     assert hurried.prefills[0][1] > 1500
     many = [Request(f"p{k}", 4000, next_due=1.0, arrived_at=k) for k in range(8)]
     assert sum(n for _, n in _plan(many, running, CURVED).prefills) > 1500
