@@ -1,7 +1,10 @@
-"""Logits -> tokens. Greedy at temperature 0, else one uniform number a token, inverted through the distribution.
+"""Logits -> tokens. Greedy at temperature 0, else the winner of a race: each token of the vocabulary takes an
+exponentially distributed time, divided by its probability, and the first one is drawn (the Gumbel-max trick).
 
-The number depends only on the request's seed and the token's absolute index in its sequence. So a seeded request gets
-the same tokens in any batch, and one that is resumed elsewhere with the tokens already sent goes on identically.
+The times depend only on the request's seed, the new token's absolute index in its sequence and the token's id. So a
+seeded request gets the same tokens in any batch, and one that is resumed elsewhere with the tokens already sent goes on
+identically. Other batches round logits otherwise, in the last digits: that decides a race as rarely as a greedy choice.
+One number inverted through the cumulated distribution would not do: it is near a border as often as there are borders.
 """
 
 from __future__ import annotations
@@ -17,7 +20,13 @@ from ...wire import Sampling, TokenLogprob
 MAX_LOGPROBS = 20
 NUCLEUS_WINDOW = 1024
 """Likeliest tokens looked at first for top_p: sorting a whole vocabulary costs more than the rest of sampling."""
+MOST_TIMES = 1 << 20
+"""Times drawn at once, to bound the memory."""
 _MASK = (1 << 64) - 1
+_GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+"""splitmix64 (Steele, Lea and Flood, OOPSLA 2014), for rows."""
+_STEP, _FIRST_32, _SECOND_32 = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
+"""The finaliser of MurmurHash3 (Appleby, public domain), for the tokens of a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +46,32 @@ class Drawn:
     logprob: TokenLogprob | None
 
 
-def uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) that depends on nothing else: two rounds of splitmix64."""
-    return (_mix(_mix(seed & _MASK) ^ index) >> 11) * 2.0**-53
+def times(seeds: Sequence[int], indices: Sequence[int], ids: Tensor) -> Tensor:
+    """Exponentially distributed numbers of mean 1, fp32 [rows, n], that depend on a row's seed and index and on the
+    token's id alone. ``ids`` are int32 [rows, n], or [n] for all rows."""
+    bases = [_signed(_mix(_mix(seed & _MASK) ^ index) >> 32) for seed, index in zip(seeds, indices, strict=True)]
+    x = ids * _signed(_STEP) + torch.tensor(bases, dtype=torch.int32, device=ids.device)[:, None]
+    x.bitwise_xor_(_shifted(x, 16)).mul_(_signed(_FIRST_32))
+    x.bitwise_xor_(_shifted(x, 13)).mul_(_signed(_SECOND_32))
+    x.bitwise_xor_(_shifted(x, 16))
+    # Small times win: log1p keeps them exact.
+    return _shifted(x, 8).float().add_(0.5).mul_(-(2.0**-24)).log1p_().neg_()
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """As of unsigned numbers."""
+    return (x >> bits).bitwise_and_((1 << (32 - bits)) - 1)
+
+
+def _signed(x: int) -> int:
+    """The int32 with these bits."""
+    return x - (1 << 32) if x >> 31 else x
 
 
 def _mix(x: int) -> int:
-    x = (x + 0x9E3779B97F4A7C15) & _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    x = (x + _GOLDEN) & _MASK
+    x = ((x ^ (x >> 30)) * _FIRST) & _MASK
+    x = ((x ^ (x >> 27)) * _SECOND) & _MASK
     return x ^ (x >> 31)
 
 
@@ -56,7 +82,8 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
     plain = [i for i, d in enumerate(draws) if d.sampling.temperature > 0.0 and not _is_cut(d.sampling)]
     cut = [i for i, d in enumerate(draws) if d.sampling.temperature > 0.0 and _is_cut(d.sampling)]
     if plain:
-        chosen[plain] = _invert(_scaled(logits, draws, plain).softmax(-1), _uniforms(draws, plain, logits.device))
+        ids = torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)
+        chosen[plain] = _winners(_scaled(logits, draws, plain).softmax(-1), ids, [draws[i] for i in plain])
     if cut:
         chosen[cut] = _sample_cut(_scaled(logits, draws, cut), [draws[i] for i in cut])
     wanted = [i for i, d in enumerate(draws) if d.sampling.logprobs is not None]
@@ -75,16 +102,17 @@ def _scaled(logits: Tensor, draws: Sequence[Draw], rows: list[int]) -> Tensor:
     return (x - x.amax(-1, keepdim=True)) / temperatures[:, None]
 
 
-def _uniforms(draws: Sequence[Draw], rows: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor([uniform(draws[i].seed, draws[i].index) for i in rows], dtype=torch.float64, device=device)
-
-
-def _invert(weights: Tensor, numbers: Tensor) -> Tensor:
-    """The first index at which the cumulated ``weights`` exceed the number's share of their sum. A weight of zero is
-    never chosen. Sums are fp64: over a large vocabulary fp32 ones lose the tail."""
-    sums = weights.cumsum(-1, dtype=torch.float64)
-    target = numbers[:, None] * sums[:, -1:]
-    return torch.searchsorted(sums, target, right=True)[:, 0]
+def _winners(weights: Tensor, ids: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """The column drawn of each row of ``weights`` [rows, n], of which the tokens are ``ids`` [rows, n] or [n]. A weight
+    of zero is never drawn."""
+    step = max(MOST_TIMES // weights.shape[-1], 1)
+    found = []
+    for first in range(0, len(draws), step):
+        part = draws[first : first + step]
+        of_part = ids[first : first + step] if ids.dim() == 2 else ids
+        race = times([draw.seed for draw in part], [draw.index for draw in part], of_part)
+        found.append((weights[first : first + step] / race).argmax(-1))
+    return torch.cat(found)
 
 
 def _sample_cut(x: Tensor, draws: Sequence[Draw]) -> Tensor:
@@ -105,7 +133,7 @@ def _sample_cut(x: Tensor, draws: Sequence[Draw]) -> Tensor:
         width = vocabulary
     kept = weights.masked_fill(before >= top_p * whole, 0.0)
     kept[:, 0] = weights[:, 0]  # the likeliest token stays even at top_p 0
-    picked = _invert(kept, _uniforms(draws, range(len(draws)), x.device))
+    picked = _winners(kept, ids.int(), draws)
     return ids.gather(1, picked[:, None])[:, 0]
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hyperflexis.engines.torch.sampler import Draw, sample, uniform
+from hyperflexis.engines.torch.sampler import Draw, sample, times
 from hyperflexis.wire import Sampling
 
 VOCAB = 3000
@@ -28,13 +28,31 @@ def test_greedy_takes_the_likeliest_whatever_the_filters() -> None:
     assert [d.token_id for d in sample(table, draws)] == table.argmax(-1).tolist()
 
 
-def test_uniform_numbers_are_even_and_differ_by_seed_and_index() -> None:
-    numbers = [uniform(seed, index) for seed in range(-20, 20) for index in range(50)]
-    assert len(set(numbers)) == len(numbers)
-    assert all(0.0 <= x < 1.0 for x in numbers)
-    for low in range(10):
-        share = sum(low / 10 <= x < (low + 1) / 10 for x in numbers) / len(numbers)
-        assert share == pytest.approx(0.1, abs=0.025)
+def test_times_are_exponential_and_differ_by_seed_index_and_token() -> None:
+    seeds, indices = zip(*((seed, index) for seed in range(-10, 10) for index in range(20)), strict=True)
+    ids = torch.arange(50, dtype=torch.int32)
+    found = times(seeds, indices, ids)
+    assert len(found.unique()) > 0.99 * found.numel()
+    assert torch.isfinite(found).all() and (found > 0.0).all()
+    for share in (0.1, 0.5, 0.9, 0.999):
+        below = (found < -math.log1p(-share)).double().mean().item()
+        assert below == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / found.numel()))
+    some = times([3], [5], torch.tensor([[7, 2]], dtype=torch.int32))
+    assert torch.equal(some, times([3], [5], ids)[:, [7, 2]])
+
+
+def test_rounding_decides_hardly_any_draw() -> None:
+    """Other batches change logits in the last digits."""
+    table = torch.randn(1, 30_000, generator=torch.Generator().manual_seed(1))
+    noisy = table * (1.0 + 1e-6 * torch.randn(table.shape, generator=torch.Generator().manual_seed(2)))
+    draws = [Draw(Sampling(temperature=1.0, top_p=p), seed, 9) for seed in range(500) for p in (1.0, 0.95)]
+    same = [
+        a.token_id == b.token_id
+        for a, b in zip(
+            sample(table.expand(len(draws), -1), draws), sample(noisy.expand(len(draws), -1), draws), strict=True
+        )
+    ]
+    assert sum(same) >= len(draws) - 1
 
 
 def test_a_seeded_draw_is_the_same_alone_and_in_any_mixed_batch() -> None:
