@@ -311,14 +311,14 @@ def test_a_tick_without_effects_changes_nothing():
 
 def test_a_hung_instance_is_evacuated_gets_nothing_and_is_tried_again():
     c = controller()
-    hung = ask(c, request("r")).instance
+    hung = ask(c, request("r", prompt=8000)).instance
     (other,) = {"i0", "i1"} - {hung}
-    # One second and five full iterations of at most 8,192 tokens (0.83 s): longer is no iteration.
+    # One second and five times the prompt (0.81 s): longer is no iteration.
     assert c.handle(Tick(), 5.0) == []
     suspect, evacuate = c.handle(Tick(), 6.0)
     assert isinstance(suspect, Suspect) and suspect.instance == hung and "no iteration for 6.0 s" in suspect.reason
     assert evacuate == Evacuate(hung, 1, "it hangs", True)
-    again = ask(c, request("r"), now=6.1, attempt=1, avoid=hung)
+    again = ask(c, request("r", prompt=8000), now=6.1, attempt=1, avoid=hung)
     assert again.instance == other
     assert [ask(c, request(f"n{k}"), now=6.2).instance for k in range(6)] == [other] * 6
     assert c.handle(Tick(), 6.25) == []

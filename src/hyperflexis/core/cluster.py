@@ -181,7 +181,7 @@ class TrackedInstance:
 
     def longest_iteration_s(self) -> float:
         """What the model expects of a full iteration."""
-        prompt_s = self.latency.prefill_s(self.info.max_batch_tokens) if self.prefill_s else 0.0
+        prompt_s = min(self.prefill_s, self.latency.prefill_s(self.info.max_batch_tokens))
         return self.latency.decode_s(self.num_decodes, self.decode_kv_tokens) + prompt_s
 
     def _check_speed(self, report: InstanceReport, now: float) -> None:
