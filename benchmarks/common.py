@@ -14,7 +14,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def environment(seed: int) -> dict[str, Any]:
-    """Command (folders left out), commit, processor, cores, Python and seed of this run."""
+    """Commit, processor, cores, Python and seed of this run."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     processor = platform.processor() or platform.machine()
     try:
@@ -23,13 +23,17 @@ def environment(seed: int) -> dict[str, Any]:
     except (OSError, StopIteration):
         pass
     return {
-        "command": " ".join(word.rpartition("/")[2] for word in sys.argv),
         "commit": commit or "unknown",
         "processor": processor,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "seed": seed,
     }
+
+
+def command() -> str:
+    """This run's command line, folders left out."""
+    return " ".join(word.rpartition("/")[2] for word in sys.argv)
 
 
 def write_results(file: Path, found: dict[str, Any]) -> None:

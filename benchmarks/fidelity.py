@@ -36,7 +36,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from common import RESULTS, environment, write_results
+from common import RESULTS, command, environment, write_results
 from hyperflexis.bench import BenchResult, load_workload, run_async, run_bench
 from hyperflexis.bench_client import Client, Target
 from hyperflexis.core.events import Event, InstanceReported, RequestArrived, RequestFinished
@@ -422,7 +422,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="fidelity-") as folder:
             found = compare(CASES[name], Path(folder), args)
         show(name, found)
-        results[name] = {**environment(args.seed), **found}
+        results[name] = {**environment(args.seed), "command": command(), **found}
         write_results(args.json, results)
 
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from common import RESULTS, environment, write_results
+from common import RESULTS, command, environment, write_results
 from hyperflexis.bench import load_workload
 from hyperflexis.engines.profiles import load_profile
 from hyperflexis.policy.catalog import find_policy
@@ -217,6 +217,7 @@ def main() -> None:
         result = everything[part](workload, args.seed)
         found[part] = {
             **environment(args.seed),
+            "command": command(),
             "workload": workload.name,
             "profile": PROFILE,
             "load_average_before": busy,

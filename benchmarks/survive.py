@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, environment, write_results
+from common import RESULTS, command, environment, write_results
 from hyperflexis.core.events import InstanceReported
 from hyperflexis.core.profile import Profile
 from hyperflexis.core.slo import Slo
@@ -338,7 +338,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--json", type=Path, default=RESULTS / "survive.json", metavar="FILE")
     args = parser.parse_args()
-    found: dict[str, Any] = {**environment(0), "cost": cost(), "engines": {}}
+    found: dict[str, Any] = {**environment(0), "command": command(), "cost": cost(), "engines": {}}
     print(found["cost"])
     with tempfile.TemporaryDirectory(prefix="hyperflexis-survive-") as scratch:
         for engine in args.engines.split(","):

@@ -16,8 +16,8 @@ The fit is recursive least squares on relative errors (a 10 ms miss matters more
 400 ms one), started at the profile, with a bounded covariance; after each update negative coefficients are cut to
 zero. A *new operating point* is required: in steady decode the same row arrives thousands of times, and plain
 recursive least squares then winds up (its covariance collapses along one direction and explodes in the others).
-Iterations that take SURPRISE times as long as predicted are not learnt from, unless PATIENCE of them come in a row: a
-device that is sick for a moment must not be remembered as a slow one.
+After the first PATIENCE iterations, one that takes SURPRISE times as long as predicted is not learnt from, unless
+PATIENCE of them come in a row: a device that is sick for a moment must not be remembered as a slow one.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ class OnlineFit:
                 self.observations += 1
                 predicted = bias * (base + theta[4] * kv)
                 ratio = seconds / (predicted if predicted > 1e-9 else 1e-9)
-                if ratio > SURPRISE:
+                if ratio > SURPRISE and self.observations > PATIENCE:
                     self._surprises += 1
                     if self._surprises <= PATIENCE:
                         kv += x3
