@@ -33,14 +33,14 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, command, environment, write_results
-from hyperflexis.core.events import InstanceReported
+from hyperflexis.core.events import GatewayJoined, InstanceJoined, InstanceReported
 from hyperflexis.core.profile import Profile
 from hyperflexis.core.slo import Slo
 from hyperflexis.core.stream import Stream
 from hyperflexis.engines.profiles import load_profile
 from hyperflexis.launch.local import own_command
 from hyperflexis.policy.catalog import find_policy
-from hyperflexis.runtime.journal import Entry, read_journal
+from hyperflexis.runtime.journal import Entry, read_journal, segments
 from hyperflexis.runtime.state import socket_dir
 from hyperflexis.sim.driver import SimConfig, simulate
 from hyperflexis.sim.faults import Fault
@@ -52,6 +52,8 @@ BEGUN = 10
 """Events that each stream must have had when the fault comes."""
 WARM_UP = 5000
 """Where the numbers of the prompts of a warm-up begin."""
+FLUSH_S = 1.5
+"""After this long all that happened is in the journal's file."""
 DUTY_S = (0.01, 0.09)
 """A process that runs and stands still for so long in turn is ten times as slow."""
 SLOW_FACTOR = 10.0
@@ -220,6 +222,20 @@ def run_streams(
     return all_heard, at
 
 
+def rebuilt_s(fleet: Fleet) -> float:
+    """Seconds from the start of the latest controller until instances and gateway had told it what they have."""
+    fleet.wait_ready(2)
+    time.sleep(FLUSH_S)
+    began, joined = 0.0, []
+    for item in read_journal(segments(fleet.state_dir / "journal")[-1]):
+        if not isinstance(item, Entry):
+            began = item.now
+        elif isinstance(item.event, InstanceJoined | GatewayJoined):
+            joined.append(item.now - began)
+    assert len(joined) == 3, "two instances and a gateway"
+    return max(joined)
+
+
 @contextlib.contextmanager
 def slowed(fleet: Fleet) -> Iterator[Callable[[], None]]:
     """Gives what makes the victim ten times as slow, by standing still nine tenths of the time."""
@@ -301,6 +317,8 @@ def measure(setup: Setup, folder: Path, count: int) -> Iterator[dict[str, Any]]:
             if twin is not None:
                 pauses = predicted_s(fleet, profile_of(fleet), count, dataclasses.replace(twin, at_s=at))
                 row |= {"predicted_p50_s": percentile(pauses, 0.5), "predicted_p99_s": percentile(pauses, 0.99)}
+            if name == "controller SIGKILL":
+                row["rebuilt_s"] = rebuilt_s(fleet)
         yield row
 
 
