@@ -38,6 +38,7 @@ from hyperflexis.sim.driver import SimConfig, SimResult, simulate
 from hyperflexis.sim.oracle import capacity_rps
 from hyperflexis.sim.workload import Workload, generate, scaled
 from hyperflexis.simulate import log_lines
+from hyperflexis.worker_pool import GC_THRESHOLD
 
 WORKLOADS = Path(__file__).parent / "workloads"
 TRACE = "servegen_mlarge_day4.csv"
@@ -208,7 +209,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, default=RESULTS / "simulation.json", metavar="FILE")
     args = parser.parse_args()
-    gc.set_threshold(100_000)  # as `simulate` does in its workers
+    gc.set_threshold(GC_THRESHOLD)
     workload = find_workload(args.traces)
     found = json.loads(args.json.read_text()) if args.json.exists() else {}
     for part in args.parts.split(","):

@@ -175,9 +175,7 @@ class Controller:
         known = self.cluster.requests.get(event.request.id)
         if known is not None:
             tracked.discount = known.discount
-            self.cluster.unbind(known)
-            self.cluster.waiting.pop(known.request.id, None)
-            del self.cluster.requests[known.request.id]
+            self.cluster.drop(known)
         self.cluster.track(tracked)
         return tracked
 

@@ -305,7 +305,11 @@ class Cluster:
 
     def forget(self, tracked: TrackedRequest, state: RequestState) -> None:
         """End a request in ``state``."""
-        self.unbind(tracked)
         tracked.move(state)
+        self.drop(tracked)
+
+    def drop(self, tracked: TrackedRequest) -> None:
+        """Take a request out, off its instance too."""
+        self.unbind(tracked)
         self.waiting.pop(tracked.request.id, None)
         del self.requests[tracked.request.id]

@@ -144,7 +144,7 @@ class Coefficients:
         ``most`` where none is cheap and still quick. While the weights are read, some hundred tokens cost little:
         larger chunks hold up the decodes for longer than they save. Contexts, which cost any chunk the same, are left
         out."""
-        if not self.curve or most <= 0:
+        if most <= 0:
             return most
         alone_s = self.c3 * decodes
 

@@ -107,6 +107,13 @@ class Stream:
         self.tokens.extend(token_ids)
         return True
 
+    def sent(self, ttft_s: float | None) -> Sent | None:
+        """What the client had when it was last placed, the first of it after ``ttft_s``; None for nothing."""
+        if not self.before:
+            return None
+        assert ttft_s is not None
+        return Sent(self.before, ttft_s)
+
     def finish(self, attempt: int) -> bool:
         """The instance ended it; False when that is of an earlier attempt."""
         if attempt != self.attempt or self.state is not StreamState.RUNNING:

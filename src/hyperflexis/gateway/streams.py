@@ -24,7 +24,7 @@ from ..core import events
 from ..core.effects import Decision, Dispatch, Reject
 from ..core.events import OpenRequest, RequestArrived, RequestFinished
 from ..core.request import Request
-from ..core.stream import Repetition, Sent, Stream, continued, due
+from ..core.stream import Repetition, Stream, continued, due
 from ..errors import ProtocolError
 from ..metrics import GatewayMetrics, Outcome
 from ..wire import Finish, Generate, TokenLogprob, pack_ids
@@ -244,7 +244,7 @@ class Choice:
 
     def arrival(self) -> RequestArrived:
         """See links.Asker."""
-        sent, gateway = self._sent(), self._services.gateway
+        sent, gateway = self._stream.sent(self._ttft_s()), self._services.gateway
         request = continued(self._request, sent)
         return RequestArrived(request, gateway, self._age_s(), self._stream.attempt, self._avoid, sent)
 
@@ -253,7 +253,7 @@ class Choice:
         to = self.dispatch
         if to is None:
             return None
-        sent, tokens = self._sent(), self.num_tokens - self._stream.before
+        sent, tokens = self._stream.sent(self._ttft_s()), self.num_tokens - self._stream.before
         return OpenRequest(continued(self._request, sent), self._age_s(), to.instance, to.epoch, tokens, sent)
 
     def wait_s(self) -> float | None:
@@ -290,7 +290,7 @@ class Choice:
         intake, slo, age_s = self._answer.intake, self._request.slo, self._age_s()
         before = self._stream.before
         expected = min(to.expected_output_tokens, float(self._prompt.max_tokens - before))
-        due_s, pace_s = due(slo, before + expected, self._sent())
+        due_s, pace_s = due(slo, before + expected, self._stream.sent(self._ttft_s()))
         seed = intake.sampling.seed
         sampling = msgspec.structs.replace(
             intake.sampling,
@@ -402,13 +402,6 @@ class Choice:
         self._stream.stop()
         self._end(outcome, detail)
 
-    def _sent(self) -> Sent | None:
-        """What the client had when this was last placed."""
-        if not self._stream.before:
-            return None
-        assert self._first_at is not None
-        return Sent(self._stream.before, self._first_at - self._answer.arrived_at)
-
     def _complete(self, reason: str) -> None:
         """All tokens are there: out with what was held back."""
         rest = self._detokenizer.flush() if self._detokenizer is not None else ""
@@ -434,7 +427,7 @@ class Choice:
         self._done = True
         request, services = self._request, self._services
         e2e_s = self._age_s()
-        ttft_s = None if self._first_at is None else self._first_at - self._answer.arrived_at
+        ttft_s = self._ttft_s()
         services.metrics.request_ended(
             request.model,
             request.slo_class,
@@ -449,6 +442,9 @@ class Choice:
             services.controller.finished(
                 RequestFinished(self.id, outcome, self.num_tokens, ttft_s, e2e_s, self.cached_tokens, detail)
             )
+
+    def _ttft_s(self) -> float | None:
+        return None if self._first_at is None else self._first_at - self._answer.arrived_at
 
     def _age_s(self) -> float:
         return self._services.now() - self._answer.arrived_at

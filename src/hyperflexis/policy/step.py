@@ -114,7 +114,7 @@ def plan(
 
 def _thrifty_s(queue: _Queue[J], budget_s: float, decodes: int, kv_tokens: int, latency: Coefficients) -> float:
     """The time of an iteration with a cheap chunk, if that is quick enough for all that are kept; else inf."""
-    if not decodes:
+    if not decodes or not latency.curve:
         return inf
     most = latency.tokens_within(budget_s, 0, decodes, kv_tokens)
     few = latency.thrifty_tokens(most, decodes)

@@ -252,12 +252,14 @@ class Server:
         """What is ready now."""
         ready: dict[str, list[str]] = {name: [] for name in self._models}
         notices: dict[str, str] = {}
+        cluster = self._controller.cluster
+        takes_work = {one.id for model in cluster.by_model for one in cluster.ready(model)}
         for id, instance in sorted(self._instances.items()):
             info = instance.info
-            takes_work = ready.setdefault(info.model, [])
+            of_model = ready.setdefault(info.model, [])
             self._models[info.model] = wire.ModelStatus([], info.context_length, info.returns_token_ids)
-            if any(one.id == id for one in self._controller.cluster.ready(info.model)):
-                takes_work.append(id)
+            if id in takes_work:
+                of_model.append(id)
             else:
                 notices[id] = instance.notice
         models = {

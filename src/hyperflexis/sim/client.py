@@ -10,7 +10,7 @@ from ..core.effects import Dispatch
 from ..core.events import RequestArrived
 from ..core.record import Record, RecordOutcome
 from ..core.request import Request
-from ..core.stream import Loss, Sent, Stream, continued, due
+from ..core.stream import Loss, Stream, continued, due
 from .workload import Arrival, block_keys
 
 GATEWAY = "gateway"
@@ -55,7 +55,7 @@ class Client:
 
     def ask(self, now: float) -> RequestArrived:
         """Where to send it?"""
-        sent = self._sent()
+        sent = self.stream.sent(self.ttft_s)
         request = continued(self.request, sent)
         return RequestArrived(request, GATEWAY, now - self.arrival.t, self.stream.attempt, self.avoid, sent)
 
@@ -64,7 +64,7 @@ class Client:
         self.stream.begin()
         slo, arrived_at, count = self.request.slo, self.arrival.t, self.stream.before
         expected = to.expected_output_tokens
-        due_s, _ = due(slo, count + expected, self._sent())
+        due_s, _ = due(slo, count + expected, self.stream.sent(self.ttft_s))
         self.instance = to.instance
         self.length = min(self.arrival.num_output_tokens, self.request.max_output_tokens) - count
         self.seq = Sequence(
@@ -92,11 +92,10 @@ class Client:
         self.avoid = self.instance
         return self.stream.lose(attempt, failed)
 
-    def _sent(self) -> Sent | None:
-        if not self.stream.before:
-            return None
-        assert self.first_token_at is not None
-        return Sent(self.stream.before, self.first_token_at - self.arrival.t)
+    @property
+    def ttft_s(self) -> float | None:
+        """Seconds from its arrival to its first token."""
+        return None if self.first_token_at is None else self.first_token_at - self.arrival.t
 
     def first_token(self, now: float) -> None:
         """The first token of this attempt."""
@@ -108,7 +107,7 @@ class Client:
 
     def record(self, outcome: RecordOutcome, now: float, detail: str) -> Record:
         """What became of it."""
-        arrival, first = self.arrival, self.first_token_at
+        arrival = self.arrival
         return Record(
             arrival.slo_class,
             arrival.slo,
@@ -116,7 +115,7 @@ class Client:
             arrival.num_prompt_tokens,
             arrival.num_output_tokens,
             outcome,
-            None if first is None else first - arrival.t,
+            self.ttft_s,
             now - arrival.t if outcome == "finished" else None,
             self.num_tokens,
             self.instance,

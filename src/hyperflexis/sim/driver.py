@@ -562,9 +562,8 @@ class _Simulation:
             case "complete":
                 self._finished(client, now)
             case _:
-                spent, first = now - client.arrival.t, client.first_token_at
-                ttft_s = None if first is None else first - client.arrival.t
-                self._tell(RequestFinished(client.id, "failed", client.num_tokens, ttft_s, spent), now)
+                spent = now - client.arrival.t
+                self._tell(RequestFinished(client.id, "failed", client.num_tokens, client.ttft_s, spent), now)
                 self._end(client, "failed", now, detail="too many instances failed it")
 
     def _fault_over(self, fault: Fault, epoch: int, now: float) -> None:
