@@ -1,5 +1,5 @@
-"""E4: how much is left at the knee: against the optimum of the shedding fluid, and against the same policy that is told
-every request's true length."""
+"""E4: how much is left at the knee: against the optimum of the shedding fluid, with each class on instances of its own
+and with all on all, and against the same policy that is told every request's true length."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from .tables import bounded, shown, table
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A scenario's loads with 90% on time; ``share`` is ours of the fluid's."""
+    """A scenario's loads with 90% on time."""
 
     scenario: str
     fluid: float
+    mixed_fluid: float
     ours: Bounded
     known: Bounded
     known_over_ours: Bounded
@@ -41,13 +42,20 @@ def result(plan: Plan, rows: Rows) -> list[Line]:
 def _line(plan: Plan, rows: Rows, scenario: str) -> Line:
     ours = knee(plan.curve(rows, scenario, OURS, plan.our_loads))
     known = knee(plan.curve(rows, scenario, OURS, plan.known_loads, known_lengths=True))
-    fluid = plan.yardsticks[scenario].fluid_load
-    return Line(scenario, fluid, knee_load(ours), knee_load(known), knee_ratio(known, ours))
+    yardstick = plan.yardsticks[scenario]
+    return Line(
+        scenario,
+        yardstick.fluid_load,
+        yardstick.mixed_fluid_load,
+        knee_load(ours),
+        knee_load(known),
+        knee_ratio(known, ours),
+    )
 
 
 def markdown(plan: Plan, found: Sequence[Line]) -> str:
     """One table."""
-    heads = ["", "`hyperflexis`", "shedding fluid", "share of it", "told true lengths", "gain"]
+    heads = ["", "`hyperflexis`", "shedding fluid", "share of it", "mixed fluid", "share of it", "told true lengths", "gain"]
     return table(
         heads,
         [
@@ -56,6 +64,8 @@ def markdown(plan: Plan, found: Sequence[Line]) -> str:
                 bounded(line.ours),
                 f"{line.fluid:.2f}",
                 shown(line.ours.value, 1, 100.0 / line.fluid, "%", line.ours.sign),
+                f"{line.mixed_fluid:.2f}",
+                shown(line.ours.value, 1, 100.0 / line.mixed_fluid, "%", line.ours.sign),
                 bounded(line.known),
                 bounded(line.known_over_ours, " ×"),
             ]

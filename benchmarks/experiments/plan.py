@@ -34,7 +34,7 @@ class Plan:
     best_loads: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     door_loads: Sequence[float] = (0.5, 0.8, 1.0, 1.1, 1.3)
     latency_loads: Sequence[float] = (0.5, 0.8, 0.9)
-    known_loads: Sequence[float] = (1.1, 1.3)
+    known_loads: Sequence[float] = (1.1, 1.3, 1.5)
     robust_loads: Sequence[float] = (1.0,)
     abuse_loads: Sequence[float] = (0.37, 0.49)
     prefix_loads: Sequence[float] = (0.5, 0.7, 0.9, 1.1, 1.3)

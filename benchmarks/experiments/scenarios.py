@@ -116,12 +116,13 @@ WITHOUT_TRACES = ("ascend-synthetic",)
 class Yardstick:
     """What a load means in a scenario: ``capacity_rps`` is lambda*, ``nominal_rps`` the workload file's rate, and
     ``source_rps`` that of each source of arrivals (a class, or SHARED). ``fluid_load`` is where the shedding fluid
-    keeps 90%."""
+    keeps 90%, ``mixed_fluid_load`` where it does with all classes at the tightest pace."""
 
     capacity_rps: float
     nominal_rps: float
     source_rps: Mapping[str, float]
     fluid_load: float
+    mixed_fluid_load: float
 
 
 class Windows:
@@ -157,12 +158,14 @@ class Windows:
             arrivals = generate(workload)
             own = {c.name for c in workload.classes if c.arrivals is not None}
             counts = Counter(a.slo_class if a.slo_class in own else SHARED for a in arrivals)
-            costs_s = request_costs_s(arrivals, self.profile(name, slowness))
+            profile = self.profile(name, slowness)
+            costs_s, mixed_s = request_costs_s(arrivals, profile), request_costs_s(arrivals, profile, mixed=True)
             self._yardsticks[key] = Yardstick(
                 capacity_rps=SCENARIOS[name].instances * len(costs_s) / sum(costs_s),
                 nominal_rps=len(arrivals) / workload.duration_s,
                 source_rps={source: count / workload.duration_s for source, count in counts.items()},
                 fluid_load=fluid_load_at(costs_s),
+                mixed_fluid_load=fluid_load_at(mixed_s) * sum(costs_s) / sum(mixed_s),
             )
         return self._yardsticks[key]
 

@@ -13,7 +13,8 @@ because an iteration of tau seconds holds tau - c0 of work. Where the KV cache o
 iteration ends sooner, and y / T(y) is the rate at which contexts fit.
 
 **Shedding fluid** (``fluid_attainment``, ``fluid_load_at``): past capacity, keep the requests of least cost (per value)
-until the fleet is full. No deadlines, no bursts: what a perfect shedder would reach in a steady stream.
+until the fleet is full. No deadlines, no bursts: what a perfect shedder would reach in a steady stream. The *mixed*
+fluid is the same where every instance serves all classes, so that all iterations keep the tightest pace.
 
 **Linear programme** (``lp_bound``): an upper bound on strict attainment for *any* scheduler on this device, colocated
 or disaggregated, clairvoyant or not. The proof, in five steps:
@@ -85,9 +86,9 @@ MIN_EXCESS = 1e-3
 """Intervals overfilled by less than this share are left alone."""
 
 
-def request_costs_s(arrivals: Sequence[Arrival], profile: Profile) -> list[float]:
+def request_costs_s(arrivals: Sequence[Arrival], profile: Profile, mixed: bool = False) -> list[float]:
     """Seconds of an instance that each arrival costs in the steady state: 1/r* of its class, in proportion to its own
-    marginal work.
+    marginal work. With ``mixed`` every class is served at the tightest pace of all, as on an instance that has them all.
 
     The pace of a class is its TPOT, or what its end-to-end promise leaves per token at the class's mean output; without
     either there is none. Prefixes that an earlier arrival had are taken as cached. Raises ConfigError for a class whose
@@ -98,10 +99,13 @@ def request_costs_s(arrivals: Sequence[Arrival], profile: Profile) -> list[float
         classes[arrival.slo_class, arrival.slo].append(i)
     cached = _cached_tokens(arrivals)
     costs = [0.0] * len(arrivals)
+    paces_s = {}
+    for (name, slo), members in classes.items():
+        mean_output = fmean(arrivals[i].num_output_tokens for i in members)
+        paces_s[name, slo] = slo.pace_s(mean_output, slo.first_token_by_s(mean_output))
     for (name, slo), members in classes.items():
         sizes = [_Size(arrivals[i].num_prompt_tokens, cached[i], arrivals[i].num_output_tokens - 1) for i in members]
-        mean_output = 1.0 + fmean(size.steps for size in sizes)
-        pace_s = slo.pace_s(mean_output, slo.first_token_by_s(mean_output))
+        pace_s = min(paces_s.values()) if mixed else paces_s[name, slo]
         work_s = [size.work_s(profile.coefficients) for size in sizes]
         tax = 1.0 / (_sustained_rps(name, sizes, pace_s, profile) * fmean(work_s))
         for i, work in zip(members, work_s, strict=True):

@@ -34,6 +34,12 @@ def test_capacity_is_that_of_the_mix():
     assert capacity_rps(chat + code, ROOMY, 8) == pytest.approx(8 / mean)
 
 
+def test_mixed_all_classes_pay_for_the_tightest_pace():
+    chat = arrival(0.0, 1000, 101, Slo(1.0, 0.05), "chat")  # 0.2 s of work
+    code = arrival(0.0, 500, 1, Slo(0.5, 0.02), "code")  # 0.05 s
+    assert request_costs_s([chat, code], ROOMY, mixed=True) == pytest.approx([0.2 / 0.5, 0.05 / 0.5])
+
+
 def test_a_request_costs_its_share_of_its_class_by_its_work():
     c = Coefficients(0.01, 1e-4, 1e-8, 1e-3, 1e-6)
     requests = [arrival(0.0, 1000, 101, Slo(1.0, 0.05)), arrival(0.0, 2000, 1, Slo(1.0, 0.05))]
