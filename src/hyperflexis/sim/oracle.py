@@ -54,7 +54,7 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import inf, sqrt
 from statistics import fmean
 from typing import Any
@@ -88,7 +88,7 @@ MIN_EXCESS = 1e-3
 
 def request_costs_s(arrivals: Sequence[Arrival], profile: Profile, mixed: bool = False) -> list[float]:
     """Seconds of an instance that each arrival costs in the steady state: 1/r* of its class, in proportion to its own
-    marginal work. With ``mixed`` every class is served at the tightest pace of all, as on an instance that has them all.
+    marginal work. With ``mixed`` every class is served at the tightest pace of all, as where an instance has them all.
 
     The pace of a class is its TPOT, or what its end-to-end promise leaves per token at the class's mean output; without
     either there is none. Prefixes that an earlier arrival had are taken as cached. Raises ConfigError for a class whose
@@ -332,9 +332,19 @@ def _shapes(limits: _Limits, profile: Profile, ratio: float) -> Iterator[tuple[f
     batches |= {limits.kv_tokens / context for context in contexts}
     for b in sorted(x for x in batches if x <= limits.decodes):
         kvs = {min(b * context, limits.kv_tokens) for context in contexts}
-        for n in {0.0, 1.0, *(x - b for x in totals if 1.0 <= x - b <= limits.tokens - b)}:
+        here = {*totals, _kink(profile.coefficients, b)}
+        for n in {0.0, 1.0, *(x - b for x in here if 1.0 <= x - b <= limits.tokens - b)}:
             if n or b:
                 yield from ((n, b, kv) for kv in kvs)
+
+
+def _kink(latency: Coefficients, decodes: float) -> float:
+    """The tokens at which an iteration with a curve stops costing what its decodes cost alone; 0 without a curve."""
+    effective = latency.c3 * decodes / latency.c1 if latency.curve and latency.c1 else 0.0
+    for (x, y), (x1, y1) in pairwise(latency.curve):
+        if y < effective <= y1:
+            return x + (effective - y) * (x1 - x) / (y1 - y)
+    return 0.0
 
 
 def _between(low: float, high: float, ratio: float) -> Iterator[float]:
