@@ -5,6 +5,8 @@
     commit(batch, sampled, ...)    the iteration ran: new tokens, finishes, the latency model learns
     repeat(batch, seconds, ...)    the same for many iterations that only decode, at once: how the simulator leaps
     cancel(id)                     a request leaves; its blocks are free for the next plan
+    park(id), unpark(id)           a running request stands still while its KV leaves for another instance
+    expect(seq), arrived(id, ...)  the same on the other side: blocks for KV that comes, and the request runs
 
 A *sequence* is a request here. It waits while prompt tokens are missing, runs while it decodes. A preempted one goes
 back to waiting with all of its tokens to compute again (what the prefix cache still has is found again). Sequences
@@ -61,7 +63,8 @@ class RequestTooLong(ValueError):
 class Sequence:
     """One request's state. Times in seconds of the driver's clock, ``inf`` where nothing is due.
 
-    ``token_ids`` are prompt and output so far, or None where only sizes are known (then give ``keys``).
+    ``token_ids`` are prompt and output so far, or None where only sizes are known (then give ``keys``). With
+    ``hands_over`` another instance is sought when the last chunk of its prompt is planned.
     ``payload`` is the engine's own, ``memo`` the step policy's, all else is changed by the Batcher alone. While it
     runs, its counts follow from the clock of the running set, which all of them share.
     """
@@ -78,6 +81,7 @@ class Sequence:
     last_due: float = inf
     expected_output_tokens: float = 128.0
     payload: object = None
+    hands_over: bool = False
 
     memo: object = None
     arrived_at: float = 0.0
@@ -245,6 +249,8 @@ class Batcher:
         self._decodes: tuple[Sequence, ...] | None = ()
         self._needs_block: dict[int, list[Sequence]] = {}
         self._moved: dict[str, Sequence] = {}
+        self._parked: dict[str, Sequence] = {}
+        self._expected: dict[str, Sequence] = {}
 
     @property
     def num_waiting(self) -> int:
@@ -277,30 +283,102 @@ class Batcher:
         Raises RequestTooLong when prompt and at least one output token do not fit the context or the KV cache, and
         ValueError for an id already here. An output limit beyond the context is cut to it.
         """
-        if seq.id in self._waiting or seq.id in self._running:
-            raise ValueError(f"request {seq.id!r} is already here")
-        room = min(self.config.context_length, self.config.kv_capacity_tokens)
-        if seq.num_prompt_tokens < 1:
-            raise RequestTooLong("the prompt is empty")
-        if seq.num_prompt_tokens + 1 > room:
-            raise RequestTooLong(f"{seq.num_prompt_tokens} prompt tokens and one output token exceed {room}")
-        seq.max_output_tokens = max(1, min(seq.max_output_tokens, room - seq.num_prompt_tokens))
-        seq.arrived_at = now
-        if self.config.prefix_reuse and seq.token_ids is not None and not seq.keys:
-            seq.keys = block_keys(seq.token_ids, self.config.block_size, seq.salt)
+        self._enter(seq, now)
         seq._computed = self._reusable(seq)
         self._waiting.add(seq)
 
     def cancel(self, request_id: str) -> Sequence | None:
         """Remove a request; returns it, or None when it is not here (any more)."""
-        seq = self._waiting.get(request_id) or self._running.get(request_id)
+        seq = self.get(request_id)
         if seq is not None:
             self._end(seq)
         return seq
 
+    def get(self, request_id: str) -> Sequence | None:
+        """The request of that id, or None when it is not here."""
+        found = self._waiting.get(request_id) or self._running.get(request_id)
+        return found or self._parked.get(request_id) or self._expected.get(request_id)
+
     def sequences(self) -> list[Sequence]:
         """All requests here, waiting ones first."""
-        return [*self._waiting, *self._running]
+        return [*self._waiting, *self._running, *self._parked.values(), *self._expected.values()]
+
+    def runs(self, request_id: str) -> bool:
+        """True when it gets a token in every iteration."""
+        return request_id in self._running
+
+    def park(self, request_id: str) -> None:
+        """A running request gets no more tokens here, and keeps its blocks until it is cancelled or unparked.
+
+        Raises KeyError when it does not run.
+        """
+        seq = self._running.get(request_id)
+        if seq is None:
+            raise KeyError(f"request {request_id!r} does not run here")
+        self._stop_running(seq)
+        self._publish(seq)
+        self._parked[request_id] = seq
+
+    def unpark(self, request_id: str) -> None:
+        """It runs on here. Raises KeyError when it is not parked."""
+        self._run(self._parked.pop(request_id))
+
+    def expect(self, seq: Sequence, now: float) -> int | None:
+        """A request whose KV comes from another instance: take the blocks of its prompt. Returns how many of its tokens
+        the cache has already, or None, and nothing changes, when there is no room now.
+
+        Raises as ``add`` does.
+        """
+        self._enter(seq, now)
+        size = self.config.block_size
+        if self._num_here >= self.config.max_batch:
+            return None
+        usable = (seq.num_tokens - 1) // size if self.config.prefix_reuse else 0
+        found = self.kv.take_prefix(seq.keys, usable)
+        more = self.kv.allocate(-(-seq.num_tokens // size) - len(found))
+        if more is None:
+            self.kv.release(found)
+            return None
+        seq.blocks = [*found, *more]
+        seq.published = len(found)
+        seq.started = True
+        seq._computed = seq.cached_tokens = len(found) * size
+        self._expected[seq.id] = seq
+        return seq._computed
+
+    def room_for(self, request_id: str, num_tokens: int) -> bool:
+        """Blocks for ``num_tokens`` tokens of an expected request, which has more of them by now; False when there is
+        no room now. Raises KeyError when it is not expected."""
+        seq = self._expected[request_id]
+        blocks = self.kv.allocate(max(-(-num_tokens // self.config.block_size) - len(seq.blocks), 0))
+        seq.blocks.extend(blocks or ())
+        return blocks is not None
+
+    def arrived(
+        self, request_id: str, computed: int, token_ids: SequenceOf[int], now: float, first_token_at: float | None
+    ) -> None:
+        """The KV of the first ``computed`` tokens of an expected request is in its blocks: it runs from now on, or
+        waits for the rest to be computed. ``token_ids`` are output that the other instance has put out since, the first
+        of it at ``first_token_at`` (None: there is none). Like ``park`` and ``unpark``, not while an iteration is under
+        way. Raises KeyError when it is not expected.
+        """
+        seq = self._expected.pop(request_id)
+        seq._output += len(token_ids)
+        if seq.token_ids is not None:
+            seq.token_ids.extend(token_ids)
+        seq._computed = min(computed, seq.num_tokens - 1)
+        seq._last_at = now
+        if not self._running:
+            self._running.last_at = now
+        self._publish(seq)
+        if first_token_at is not None:
+            seq.first_token_at = first_token_at
+            seq.missed_first = first_token_at > seq.first_due
+        if token_ids and seq.remaining_prefill == 1:
+            self._run(seq)
+        else:
+            self._waiting.add(seq)
+        self._moved[seq.id] = seq
 
     def plan(self, now: float) -> Batch | None:
         """The next iteration, or None when there is nothing to run."""
@@ -309,7 +387,7 @@ class Batcher:
             return None
         latency = self.fit.coefficients
         limits = StepLimits(
-            config.max_batch,
+            config.max_batch - len(self._parked) - len(self._expected),
             config.max_batch_tokens,
             config.kv_capacity_tokens,
             self.kv.available * config.block_size,
@@ -417,6 +495,25 @@ class Batcher:
         self._moved.clear()
         return tuple(moved)
 
+    def _enter(self, seq: Sequence, now: float) -> None:
+        """What is checked and set for each request that comes."""
+        if self.get(seq.id) is not None:
+            raise ValueError(f"request {seq.id!r} is already here")
+        room = min(self.config.context_length, self.config.kv_capacity_tokens)
+        if seq.num_prompt_tokens < 1:
+            raise RequestTooLong("the prompt is empty")
+        if seq.num_prompt_tokens + 1 > room:
+            raise RequestTooLong(f"{seq.num_prompt_tokens} prompt tokens and one output token exceed {room}")
+        seq.max_output_tokens = max(1, min(seq.max_output_tokens, room - seq.num_prompt_tokens))
+        seq.arrived_at = now
+        if self.config.prefix_reuse and seq.token_ids is not None and not seq.keys:
+            seq.keys = block_keys(seq.token_ids, self.config.block_size, seq.salt)
+
+    @property
+    def _num_here(self) -> int:
+        """Requests that hold KV."""
+        return len(self._running) + len(self._waiting.started) + len(self._parked) + len(self._expected)
+
     def _ran(self, batch: Batch, now: float, seconds: float) -> None:
         """What every commit does: the model learns, the clock of the running requests goes on."""
         self.fit.observe(batch.prefill_tokens, batch.attention, batch.num_decodes, batch.kv_tokens, seconds)
@@ -475,6 +572,8 @@ class Batcher:
         self._waiting.pop(seq.id)
         self._stop_running(seq)
         self._moved.pop(seq.id, None)
+        self._parked.pop(seq.id, None)
+        self._expected.pop(seq.id, None)
         self._publish(seq)
         self.kv.release(seq.blocks)
         seq.blocks = []
@@ -576,6 +675,8 @@ class Batcher:
         whole cache: one request goes on alone, those that hold KV first, and preempts others until it can."""
         while True:
             held = sorted(self._waiting.started.values(), key=lambda seq: seq.arrived_at)
+            if not held and self._num_here >= self.config.max_batch:
+                return None  # those that come or leave have all places
             for seq in held or list(self._waiting):
                 n = self._grow_for_prefill(seq, self.config.max_batch_tokens)
                 if n:

@@ -6,12 +6,12 @@ The first frame in each direction is ``Hello``; a peer of another version is ref
 
 Who talks to whom:
 
-    gateway    -> controller   RequestArrived, RequestFinished, GatewayJoined
-    controller -> gateway      Dispatch, Reject, Evacuate, Fleet
-    instance   -> controller   InstanceJoined, InstanceReported, InstanceDraining
+    gateway    -> controller   RequestArrived, RequestFinished, GatewayJoined, HandoffFailed
+    controller -> gateway      Dispatch, Handoff, Reject, Evacuate, Fleet
+    instance   -> controller   InstanceJoined, InstanceReported, InstanceDraining, PrefillEnding
     operator   -> controller   DrainAsked
     controller -> operator     Fleet
-    controller -> instance     Drain
+    controller -> instance     Drain, SetRole
     gateway    -> instance     Generate, Cancel
     instance   -> gateway      Output
 
@@ -33,7 +33,7 @@ from .core import effects, events
 from .core.instance import InstanceReport
 from .errors import ProtocolError
 
-VERSION = 1
+VERSION = 2
 MAX_FRAME = 64 << 20
 HIGH_WATER = 8 << 20
 
@@ -63,12 +63,22 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: int | None = None
 
 
+class KvSource(msgspec.Struct, frozen=True, array_like=True):
+    """Where the KV of a request is to be had: it has the same id there."""
+
+    address: str
+    instance: str
+    epoch: int
+
+
 class Generate(msgspec.Struct, frozen=True, omit_defaults=True):
     """Start a stream. ``stream`` is the gateway's number for it on this link.
 
     ``*_due_s`` are seconds from now until a deadline (may be negative), None when nothing is promised; ``pace_s`` is
     the allowed time per output token. ``salt`` keeps tenants' prefixes apart. ``body`` is the client's JSON, for
-    engines that take text (``kind`` names the endpoint: chat or completions).
+    engines that take text (``kind`` names the endpoint: chat or completions). ``hands_over``: ask the controller where
+    the request goes on when its prompt is nearly computed. With ``kv`` its prompt is not to be computed, but to be had
+    from another instance, and so is what that has put out since.
     """
 
     stream: int
@@ -85,6 +95,8 @@ class Generate(msgspec.Struct, frozen=True, omit_defaults=True):
     salt: str = ""
     kind: str = "completions"
     body: bytes = b""
+    hands_over: bool = False
+    kv: KvSource | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True):
@@ -95,8 +107,8 @@ class Cancel(msgspec.Struct, frozen=True):
 
 class Finish(msgspec.Struct, frozen=True, array_like=True):
     """A stream's end. ``reason``: stop, length, cancelled, refused (nothing was computed; send it elsewhere), moved (it
-    is to go on elsewhere), invalid (no instance can serve it as it is) or error. ``num_prompt_tokens`` and
-    ``num_output_tokens`` are the engine's own counts."""
+    is to go on elsewhere), handed (another instance has its KV and goes on), invalid (no instance can serve it as it
+    is) or error. ``num_prompt_tokens`` and ``num_output_tokens`` are the engine's own counts."""
 
     stream: int
     reason: str
@@ -163,6 +175,10 @@ MESSAGES: tuple[type, ...] = (
     effects.Drain,
     events.DrainAsked,
     events.InstanceDraining,
+    events.PrefillEnding,
+    events.HandoffFailed,
+    effects.Handoff,
+    effects.SetRole,
 )
 _CODE = {kind: code for code, kind in enumerate(MESSAGES)}
 _DECODERS: tuple[msgspec.msgpack.Decoder[Any], ...] = tuple(msgspec.msgpack.Decoder(kind) for kind in MESSAGES)

@@ -8,18 +8,21 @@ from zlib import crc32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperflexis.core.stream import MAX_FAILURES, Stream, StreamState
+from hyperflexis.core.stream import MAX_FAILURES, Loss, Stream, StreamState
 
 
 class _Attempt:
-    """An instance that computes a continuation: the next token is a function of all before it."""
+    """An instance that computes a continuation: the next token is a function of all before it. ``waits_for`` is the
+    instance whose KV it is to get first."""
 
-    def __init__(self, number: int, context: list[int], until: int) -> None:
-        self.number, self.context, self.until = number, list(context), until
-        self.outbox: list[list[int] | None] = []
+    def __init__(self, number: int, context: list[int], until: int, waits_for: _Attempt | None = None) -> None:
+        self.number, self.context, self.until, self.waits_for = number, list(context), until, waits_for
+        self.outbox: list[list[int] | str] = []
 
     def step(self, count: int) -> None:
         """Compute so many tokens; the end is a message of its own."""
+        if self.waits_for is not None:
+            return
         chunk = []
         for _ in range(min(count, self.until - len(self.context))):
             chunk.append(next_token(self.context))
@@ -27,8 +30,27 @@ class _Attempt:
         if chunk:
             self.outbox.append(chunk)
         if len(self.context) == self.until:
-            self.outbox.append(None)
+            self.outbox.append("end")
             self.until = -1
+
+    def get_kv(self) -> None:
+        """The handoff: the other computes no more, and this one says what was computed since it was asked."""
+        source, self.waits_for = self.waits_for, None
+        if source is None:
+            return
+        if source.until < 0 or source.waits_for is not None:
+            self.until = -1
+            self.outbox.append("lost")  # it had ended, or has no KV itself
+            return
+        self.outbox.append(source.context[len(self.context) :])
+        self.context = list(source.context)
+        source.until = -1
+        source.outbox.append("handed")
+
+
+def note(ends: list[str], loss: Loss | None) -> None:
+    if loss not in (None, "resume"):
+        ends.append(loss)
 
 
 def next_token(context: list[int]) -> int:
@@ -53,25 +75,29 @@ def play(random: Random) -> tuple[Stream, list[int], list[str]]:
             assert not ends
             attempts.append(_Attempt(stream.begin(), sent, length))
         one = random.choice(attempts)
-        match random.randrange(10):
+        match random.randrange(12):
             case 0:
-                match stream.lose(one.number, failed=random.random() < 0.5):
-                    case None | "resume":
-                        pass
-                    case end:
-                        ends.append(end)
+                note(ends, stream.lose(one.number, failed=random.random() < 0.5))
             case 1 if random.random() < 0.1:
                 if stream.stop():
                     ends.append("stopped")
             case 2 | 3 | 4:
                 one.step(random.randint(1, 5))
+            case 5 if stream.is_live(one.number) and not stream.is_handed_over:
+                attempts.append(_Attempt(stream.hand_over(), sent, length, one))
+            case 6:
+                one.get_kv()
             case _ if one.outbox:
-                message = one.outbox.pop(0)
-                if message is None:
-                    if stream.finish(one.number):
-                        ends.append("finished")
-                elif stream.take(one.number, message):
-                    sent += message
+                match one.outbox.pop(0):
+                    case "end":
+                        if stream.finish(one.number):
+                            ends.append("finished")
+                    case "handed":
+                        note(ends, stream.lose(one.number, failed=False))
+                    case "lost":
+                        note(ends, stream.lose(one.number))
+                    case message:
+                        sent += stream.take(one.number, message) or []
             case _:
                 pass
     if "finished" in ends or "complete" in ends:

@@ -31,7 +31,8 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """Send the request to an instance. ``expected_output_tokens`` is what core/lengths.py expects."""
+    """Send the request to an instance. ``expected_output_tokens`` is what core/lengths.py expects. With ``hands_over``
+    the instance is to ask, when its prompt is nearly computed, where the request goes on."""
 
     request_id: str
     gateway: str
@@ -41,6 +42,35 @@ class Dispatch:
     value: float
     expected_output_tokens: float
     decision: Decision
+    hands_over: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Handoff:
+    """Let a request go on at ``instance``, which gets its KV from ``source``, at ``kv_address``. Until it has all of it
+    the source goes on computing."""
+
+    request_id: str
+    gateway: str
+    source: str
+    source_epoch: int
+    kv_address: str
+    instance: str
+    epoch: int
+    address: str
+    value: float
+    expected_output_tokens: float
+    decision: Decision
+
+
+@dataclass(frozen=True, slots=True)
+class SetRole:
+    """The share of prompts that an instance takes: 1 prefill only, 0 decode only, between: convertible."""
+
+    instance: str
+    epoch: int
+    prefill_share: float
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,4 +115,4 @@ class Drain:
     on: bool = True
 
 
-Effect = Dispatch | Reject | Suspect | Evacuate | Drain
+Effect = Dispatch | Handoff | Reject | Suspect | Evacuate | Drain | SetRole

@@ -104,6 +104,27 @@ class InstanceReported:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefillEnding:
+    """The last chunk of a prompt runs now, and its request is to be handed over: where to? ``left_s`` are the seconds
+    until its first token is expected."""
+
+    id: str
+    instance: str
+    epoch: int
+    left_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffFailed:
+    """A request was not handed over: it goes on where it was (``instance``, ``epoch``)."""
+
+    id: str
+    instance: str
+    epoch: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class InstanceLeft:
     """An instance's process or connection ended. Ignored when ``epoch`` is not the current one."""
 
@@ -126,6 +147,8 @@ Event = (
     | InstanceReported
     | InstanceLeft
     | InstanceDraining
+    | PrefillEnding
+    | HandoffFailed
     | DrainAsked
     | Tick
 )

@@ -49,7 +49,8 @@ class InstanceInfo:
 
     ``address`` is where gateways reach it (``unix:PATH`` or ``HOST:PORT``). ``kv_capacity_tokens`` is the number of
     context tokens its KV cache holds; ``max_batch`` the most requests it decodes at once. ``returns_token_ids`` is
-    False for engines that stream text only. ``latency`` is where the fit of iteration times starts.
+    False for engines that stream text only. ``latency`` is where the fit of iteration times starts. ``kv_address`` is
+    where other instances get the KV of its requests (empty: it gives none), ``kv_bytes_per_token`` how much that is.
     """
 
     id: str
@@ -64,6 +65,8 @@ class InstanceInfo:
     max_batch_tokens: int
     returns_token_ids: bool
     latency: Coefficients
+    kv_address: str = ""
+    kv_bytes_per_token: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,17 @@
 """A client's stream: which tokens it has, who may add to them, and how it goes on when an instance fails.
 
     WAITING --begin--> RUNNING --finish, stop--> ENDED
-       ^                  |
-       +------- lose -----+--> ENDED when all tokens are there, or when too many instances have failed
+       ^               |  ^  |
+       |               +--+  |   hand_over: another instance is to go on, with the KV of the one before
+       +------ lose ---------+--> ENDED when all tokens are there, or when too many instances have failed
 
 A stream goes on elsewhere from the tokens that its client has: resume = generate(prompt ids + sent ids). So every token
 is sent once, whatever happens in between. What an instance says is said for an *attempt*; what comes for an earlier
 one, from an instance that was given up and still talks, is dropped here and nowhere else.
+
+While a stream is handed over, two attempts live: the old one computes until its KV has left, the new one from there on.
+Both know at which token they are, so that it does not matter whose message comes first, and what both send counts once.
+When one is lost the other goes on, or is lost too; that counts as one failure.
 
 An engine that gives no token ids answers anew from the beginning. Then its answer must first repeat what was sent.
 """
@@ -87,6 +92,9 @@ class Stream:
     failures: int = 0
     before: int = 0
     tokens: array[int] = field(default_factory=_no_tokens)
+    # The attempts that live, two at most: where the first token of each belongs, and where the next.
+    _first: dict[int, int] = field(default_factory=dict)
+    _next: dict[int, int] = field(default_factory=dict)
 
     def begin(self) -> int:
         """An instance is to compute what is missing. Returns the attempt's number. Raises IllegalTransition unless the
@@ -94,18 +102,42 @@ class Stream:
         if self.state is not StreamState.WAITING:
             raise IllegalTransition(f"a stream that is {self.state} cannot begin")
         self.state = StreamState.RUNNING
-        self.attempt += 1
-        return self.attempt
+        return self._attempt()
 
-    def take(self, attempt: int, token_ids: Sequence[int]) -> bool:
-        """The next tokens; False when they are of an earlier attempt. Raises ProtocolError for more than were asked
-        for."""
-        if attempt != self.attempt or self.state is not StreamState.RUNNING:
-            return False
-        if len(self.tokens) + len(token_ids) > self.max_tokens:
+    def hand_over(self) -> int:
+        """Another instance gets the KV of the one that runs, and computes what is missing then. Returns the attempt's
+        number. Raises IllegalTransition unless exactly one runs."""
+        if self.state is not StreamState.RUNNING or len(self._next) != 1:
+            raise IllegalTransition(f"a stream that is {self.state} on {len(self._next)} instances is not handed over")
+        return self._attempt()
+
+    @property
+    def is_handed_over(self) -> bool:
+        """True while two instances have it."""
+        return len(self._next) > 1
+
+    def is_live(self, attempt: int) -> bool:
+        """Whether what comes for this attempt counts."""
+        return attempt in self._next
+
+    def first_of(self, attempt: int) -> int:
+        """How many tokens there were before a live attempt began. Raises KeyError when it is over."""
+        return self._first[attempt]
+
+    def take(self, attempt: int, token_ids: Sequence[int]) -> Sequence[int] | None:
+        """The next tokens of an attempt. Returns those that are new, the last ones of them; None when the attempt is
+        over. Raises ProtocolError for more than were asked for."""
+        at = self._next.get(attempt)
+        if at is None:
+            return None
+        end, have = at + len(token_ids), len(self.tokens)
+        if end > self.max_tokens:
             raise ProtocolError(f"more than the {self.max_tokens} tokens that were asked for")
+        self._next[attempt] = end
+        if at < have:  # the other instance has sent some of them
+            token_ids = token_ids[have - at :]
         self.tokens.extend(token_ids)
-        return True
+        return token_ids
 
     def sent(self, ttft_s: float | None) -> Sent | None:
         """What the client had when it was last placed, the first of it after ``ttft_s``; None for nothing."""
@@ -115,23 +147,26 @@ class Stream:
         return Sent(self.before, ttft_s)
 
     def finish(self, attempt: int) -> bool:
-        """The instance ended it; False when that is of an earlier attempt."""
-        if attempt != self.attempt or self.state is not StreamState.RUNNING:
+        """The instance ended it; False when the attempt is over."""
+        if attempt not in self._next:
             return False
-        self.state = StreamState.ENDED
+        self._end()
         return True
 
     def lose(self, attempt: int, failed: bool = True) -> Loss | None:
         """The instance is gone, or gave the stream back (then it has not ``failed``). None when nothing changes,
-        because the attempt is an earlier one."""
-        if attempt != self.attempt or self.state is not StreamState.RUNNING:
+        because the attempt is over or another goes on."""
+        if self._next.pop(attempt, None) is None:
+            return None
+        del self._first[attempt]
+        if self._next:
             return None
         self.failures += failed
         if len(self.tokens) >= self.max_tokens:
-            self.state = StreamState.ENDED
+            self._end()
             return "complete"
         if self.failures >= MAX_FAILURES:
-            self.state = StreamState.ENDED
+            self._end()
             return "exhausted"
         self.state = StreamState.WAITING
         self.before = len(self.tokens)
@@ -139,8 +174,20 @@ class Stream:
 
     def stop(self) -> bool:
         """The client left, a stop string came, or there is no hope. False when it had ended."""
-        ended, self.state = self.state is StreamState.ENDED, StreamState.ENDED
+        ended = self.state is StreamState.ENDED
+        self._end()
         return not ended
+
+    def _attempt(self) -> int:
+        self.attempt += 1
+        self.before = len(self.tokens)
+        self._first[self.attempt] = self._next[self.attempt] = self.before
+        return self.attempt
+
+    def _end(self) -> None:
+        self.state = StreamState.ENDED
+        self._first.clear()
+        self._next.clear()
 
 
 @dataclass(slots=True, eq=False)
