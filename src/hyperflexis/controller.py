@@ -3,14 +3,17 @@
     RequestArrived    -> Dispatch or Reject          a request is bound at arrival; past the limits it is refused
                          or nothing                  one that was accepted before waits for an instance
     RequestFinished   -> nothing                     its output's length is learnt
-    InstanceJoined    -> Dispatch                    READY, for those that wait; a newer epoch replaces an older
+    InstanceJoined    -> SetRole, Dispatch           READY, for those that wait; a newer epoch replaces an older
     InstanceReported  -> Dispatch                    progress, fitted latency; it lives, for those that wait
     InstanceLeft      -> nothing                     its gateways see their links break and ask where to go on
     GatewayJoined     -> nothing                     requests in flight are taken over (after a controller's restart)
     GatewayLeft       -> nothing                     its requests died with it
     DrainAsked        -> Drain                       it gets nothing new; what is left goes on elsewhere, if it can
     InstanceDraining  -> nothing                     the same, where the instance itself was told
+    PrefillEnding     -> Handoff                     disaggregated: where the request decodes, if not where it is
+    HandoffFailed     -> nothing                     it goes on where it was
     Tick              -> Suspect, Evacuate           an instance hangs or is slow: its requests go on elsewhere
+                         SetRole                     disaggregated: the two sides' needs have changed
 
 The same code runs live, in the simulator and in replay. Time is an argument: seconds of one monotonic clock.
 """
@@ -21,40 +24,63 @@ from dataclasses import dataclass, field
 from typing import assert_never
 
 from .core.cluster import Cluster, TrackedInstance, TrackedRequest, prefix_holders
-from .core.effects import Decision, Dispatch, Drain, Effect, Evacuate, Reject, RejectReason, Suspect
+from .core.demand import Demand
+from .core.effects import (
+    Decision,
+    Dispatch,
+    Drain,
+    Effect,
+    Evacuate,
+    Handoff,
+    Reject,
+    RejectReason,
+    SetRole,
+    Suspect,
+)
 from .core.events import (
     DrainAsked,
     Event,
     GatewayJoined,
     GatewayLeft,
+    HandoffFailed,
     InstanceDraining,
     InstanceJoined,
     InstanceLeft,
     InstanceReported,
     OpenRequest,
+    PrefillEnding,
     RequestArrived,
     RequestFinished,
     Tick,
 )
 from .core.instance import InstanceState
+from .core.latency import Coefficients
 from .core.lengths import LengthModel
+from .core.links import Links, Split
 from .core.request import Request, RequestState
 from .core.shares import FairShares
 from .core.stream import Sent, as_asked, due
+from .policy.budget import CAP_S
 from .policy.catalog import find_policy
+from .policy.handoff import Move
 from .policy.place import PlaceMemory, Placement
+from .policy.roles import RolesMemory, plan_roles
 
 
 @dataclass(frozen=True, slots=True)
 class ControllerConfig:
     """``policy`` is what ``find_policy`` understands; with ``observe``, requests go round robin and each decision of
     ``policy`` is only noted. ``models`` are the names that the fleet serves. When every instance has more than
-    ``max_backlog_s`` seconds of prompts to compute, a request is refused with 429."""
+    ``max_backlog_s`` seconds of prompts to compute, a request is refused with 429.
+
+    With a ``split`` prompts are computed on instances with a prefill share, and requests are handed over to where they
+    decode; None: each decodes where its prompt was computed."""
 
     models: tuple[str, ...]
     policy: str = "hyperflexis"
     observe: bool = False
     max_backlog_s: float = 600.0
+    split: Split | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +94,9 @@ class Snapshot:
     memory: PlaceMemory = field(default_factory=PlaceMemory)
     shadow_memory: PlaceMemory = field(default_factory=PlaceMemory)
     shares: dict[str, FairShares] = field(default_factory=dict)
+    links: Links = field(default_factory=Links)
+    demand: dict[str, Demand] = field(default_factory=dict)
+    roles: RolesMemory = field(default_factory=RolesMemory)
 
 
 class Controller:
@@ -82,9 +111,12 @@ class Controller:
         self._policy = find_policy(self._name)
         self._shadow_policy = find_policy(config.policy)
         self.cluster = Cluster()
+        if config.split is not None:
+            self.cluster.links.usual = config.split.link
         self.shadow: Decision | None = None
         self._memory = PlaceMemory()
         self._shadow_memory = PlaceMemory()
+        self._roles = RolesMemory()
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event at ``now`` and return what to do, in order. Never raises for a stale or repeated event."""
@@ -120,8 +152,15 @@ class Controller:
                     self._adopt(open_request, event.gateway, now)
             case GatewayLeft():
                 self._gateway_left(event.gateway)
+            case PrefillEnding():
+                return self._hand_over(event, now)
+            case HandoffFailed():
+                self._put_back(event)
             case Tick():
-                return self._watch(now)
+                effects = self._watch(now)
+                if self.config.split is not None and self.config.split.adapt:
+                    effects += self._adapt_roles(now)
+                return effects
             case _:
                 assert_never(event)
         return []
@@ -134,18 +173,21 @@ class Controller:
         if event.attempt:
             # It was accepted, and is not refused for what happened to its instance: until another is there, or the same
             # tells that it lives, it waits.
-            others = [instance for instance in ready if instance.id != event.avoid]
+            others = self._for_prompts([instance for instance in ready if instance.id != event.avoid])
             return [self._dispatch(tracked, *self._choose(tracked, others, now), now)] if others else []
         if model not in self.config.models:
             return [self._reject(tracked, "unknown_model", f"no model {model!r} in this fleet")]
         if not ready:
             return [self._reject(tracked, "no_instance_ready", f"no instance of {model!r} is ready", 2.0)]
+        ready = self._for_prompts(ready)
         backlog_s = min(instance.prefill_s for instance in ready)
         if backlog_s > self.config.max_backlog_s:
             message = f"the shortest queue is {backlog_s:.0f} s long (limit {self.config.max_backlog_s:.0f} s)"
             return [self._reject(tracked, "overloaded", message, max(backlog_s - self.config.max_backlog_s, 1.0))]
         if self._policy.fair:
             tracked.discount = self._discount(now, tracked, ready)
+        if self.config.split is not None:
+            self._count_demand(now, tracked, ready[0].latency)
         placement, decision = self._choose(tracked, ready, now)
         if (event.request.fail_fast or self._policy.fail_fast) and not placement.on_time:
             late_s = placement.predicted_ttft_s - (tracked.first_due - tracked.arrived_at)
@@ -156,6 +198,7 @@ class Controller:
         instance = self.cluster.instances[placement.instance]
         if not instance.requests:
             instance.health.alive_at = now
+        tracked.hands_over = self._hands_over(tracked, instance)
         self.cluster.bind(tracked, instance)
         return Dispatch(
             tracked.request.id,
@@ -166,7 +209,116 @@ class Controller:
             tracked.value,
             tracked.expected_output_tokens,
             decision,
+            tracked.hands_over,
         )
+
+    def _for_prompts(self, ready: list[TrackedInstance]) -> list[TrackedInstance]:
+        """Those of ``ready`` that compute prompts; all, where none does."""
+        if self.config.split is None:
+            return ready
+        return [instance for instance in ready if instance.prefill_share > 0.0] or ready
+
+    def _hands_over(self, tracked: TrackedRequest, instance: TrackedInstance) -> bool:
+        """Whether to ask, when its prompt is computed there, where the request decodes."""
+        request = tracked.request
+        return self.config.split is not None and bool(instance.info.kv_address) and request.max_output_tokens > 1
+
+    def _hand_over(self, event: PrefillEnding, now: float) -> list[Effect]:
+        source = self.cluster.current(event.instance, event.epoch)
+        tracked = self.cluster.requests.get(event.id)
+        if source is None or tracked is None or event.id not in source.requests or not tracked.hands_over:
+            return []
+        source.finish_prompt(tracked)
+        handoff = self._go_on_elsewhere(tracked, source, event.left_s, now)
+        if handoff is None:
+            source.keep(tracked)
+            return []
+        return [handoff]
+
+    def _migrate(self, source: TrackedInstance, now: float) -> list[Effect]:
+        """What decodes on an instance is to go on elsewhere, with its KV, where its pace can be kept."""
+        decodes = [tracked for tracked in source.requests.values() if tracked.output_tokens]
+        found = (self._go_on_elsewhere(tracked, source, 0.0, now) for tracked in decodes)
+        return [handoff for handoff in found if handoff is not None]
+
+    def _go_on_elsewhere(
+        self, tracked: TrackedRequest, source: TrackedInstance, left_s: float, now: float
+    ) -> Handoff | None:
+        """Bind a request whose prompt is computed in ``left_s`` to another instance, if one is better."""
+        request, links = tracked.request, self.cluster.links
+        ready = [one for one in self.cluster.ready(request.model) if one.prefill_share < 1.0 and one.info.kv_address]
+        if not ready or not source.info.kv_address:
+            return None
+        size = float((request.num_prompt_tokens + tracked.output_tokens) * source.info.kv_bytes_per_token)
+        move = Move(source, left_s, size)
+        target, exposed_s, self._memory = self._policy.decode(now, tracked, move, ready, links, self._memory)
+        if target is None:
+            return None
+        links.add(source.id, target.id, size, now)
+        self.cluster.move(tracked, target)
+        step_s = target.latency.decode_s(target.num_decodes, target.decode_kv_tokens)
+        ttft_s = now + left_s - tracked.arrived_at
+        e2e_s = ttft_s + exposed_s + max(tracked.expected_output_tokens - 1.0, 0.0) * step_s
+        on_time = ttft_s <= tracked.first_due - tracked.arrived_at and step_s <= tracked.pace_s
+        note = f"decodes after {1e3 * exposed_s:.1f} ms of handoff"
+        return Handoff(
+            request.id,
+            tracked.gateway,
+            source.id,
+            source.info.epoch,
+            source.info.kv_address,
+            target.id,
+            target.info.epoch,
+            target.info.address,
+            tracked.value,
+            max(tracked.expected_output_tokens - tracked.output_tokens, 1.0),
+            Decision(self._name, len(ready), on_time, 0.0, 0.0, ttft_s, e2e_s, 0.0, note),
+        )
+
+    def _count_demand(self, now: float, tracked: TrackedRequest, latency: Coefficients) -> None:
+        request, output = tracked.request, tracked.expected_output_tokens
+        demand = self.cluster.demand.setdefault(request.model, Demand(now))
+        prefill_s = latency.prefill_s(request.num_prompt_tokens) / max(1.0 - latency.c0 / CAP_S, 0.1)
+        decode_s = latency.output_s(output, request.num_prompt_tokens)
+        # With an end-to-end promise each request has a pace of its own: to the millisecond they are few.
+        demand.add(prefill_s, decode_s, latency.c0, min(round(tracked.pace_s, 3), CAP_S), now)
+
+    def _put_back(self, event: HandoffFailed) -> None:
+        source = self.cluster.current(event.instance, event.epoch)
+        tracked = self.cluster.requests.get(event.id)
+        if source is not None and tracked is not None and event.id not in source.requests:
+            self.cluster.move(tracked, source)
+
+    def _adapt_roles(self, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        for model in self.config.models:
+            demand = self.cluster.demand.get(model)
+            if demand is None:
+                continue
+            changes, self._roles = plan_roles(now, model, self.cluster.ready(model), demand, self._roles)
+            for instance, share, reason in changes:
+                instance.prefill_share, instance.role_at = share, now
+                effects.append(SetRole(instance.id, instance.info.epoch, share, reason))
+                if share == 1.0:
+                    effects += self._migrate(instance, now)
+        return effects
+
+    def _first_role(self, instance: TrackedInstance, now: float) -> list[Effect]:
+        """What an instance begins as."""
+        split = self.config.split
+        if split is None:
+            return []
+        others = [
+            one.prefill_share for one in self.cluster.by_model[instance.info.model].values() if one is not instance
+        ]
+        if others.count(1.0) < split.prefill:
+            share = 1.0
+        elif others.count(0.0) < split.decode:
+            share = 0.0
+        else:
+            return []
+        instance.prefill_share, instance.role_at = share, now
+        return [SetRole(instance.id, instance.info.epoch, share, "it joins")]
 
     def _enter(self, event: RequestArrived, now: float) -> TrackedRequest:
         """The request as WAITING. A known one is asked for again: its instance died or gave it back, or the answer was
@@ -257,10 +409,10 @@ class Controller:
         for tracked in self.cluster.requests.values():
             if tracked.instance == info.id and tracked.epoch == info.epoch:
                 instance.bind(tracked)
-        return self._place_waiting(info.model, now)
+        return [*self._first_role(instance, now), *self._place_waiting(info.model, now)]
 
     def _place_waiting(self, model: str, now: float) -> list[Effect]:
-        ready = self.cluster.ready(model)
+        ready = self._for_prompts(self.cluster.ready(model))
         waiting = [tracked for tracked in self.cluster.waiting.values() if tracked.request.model == model]
         return [self._dispatch(tracked, *self._choose(tracked, ready, now), now) for tracked in waiting if ready]
 
@@ -320,8 +472,17 @@ class Controller:
         cluster = self.cluster
         bound = {id for instance in cluster.instances.values() for id in instance.requests}
         unbound = tuple(t for id, t in cluster.requests.items() if id not in bound)
-        instances = tuple(cluster.instances.values())
-        return Snapshot(instances, unbound, cluster.lengths, self._memory, self._shadow_memory, cluster.shares)
+        return Snapshot(
+            tuple(cluster.instances.values()),
+            unbound,
+            cluster.lengths,
+            self._memory,
+            self._shadow_memory,
+            cluster.shares,
+            cluster.links,
+            cluster.demand,
+            self._roles,
+        )
 
     @classmethod
     def restore(cls, config: ControllerConfig, snapshot: Snapshot) -> Controller:
@@ -332,8 +493,9 @@ class Controller:
             cluster.add(instance)
         for tracked in snapshot.unbound:
             cluster.track(tracked)
-        cluster.lengths, cluster.shares = snapshot.lengths, snapshot.shares
+        cluster.lengths, cluster.shares, cluster.links = snapshot.lengths, snapshot.shares, snapshot.links
         controller._memory, controller._shadow_memory = snapshot.memory, snapshot.shadow_memory
+        cluster.demand, controller._roles = snapshot.demand, snapshot.roles
         return controller
 
 

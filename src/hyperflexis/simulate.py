@@ -27,6 +27,7 @@ from .bench import load_workload, parse_csv_options, write_json
 from .controller import Controller, ControllerConfig
 from .core.effects import Effect
 from .core.events import Event
+from .core.links import Link, Split
 from .core.record import Record
 from .engines.profiles import load_profile
 from .errors import ConfigError, HyperFlexisError
@@ -45,6 +46,8 @@ from .telemetry.machine import num_cores
 
 MAX_LOADS = 200
 DEFAULT_POLICIES = "hyperflexis,round_robin"
+MODES = ("colocated", "disaggregated", "auto")
+ROLES = ("adaptive", "static")
 PIPE_WIDTH = 160  # characters of a table that goes to a file or a pipe, which have no width of their own
 
 
@@ -68,6 +71,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--jobs", type=int, metavar="N", help="processes (default: one a core)")
     add("--json", metavar="FILE", help="write the figures as JSON ('-': standard output)")
     add("--report", type=Path, metavar="DIR", help="write pictures and an HTML report to DIR")
+    split = parser.add_argument_group("prefill and decode on different instances")
+    split.add_argument(
+        "--mode",
+        choices=MODES,
+        default="colocated",
+        help="disaggregated: requests may decode elsewhere than their prompts are computed; auto: that, with roles "
+        "chosen by what is needed (default: %(default)s)",
+    )
+    split.add_argument(
+        "--prefill", type=int, metavar="K", help="instances that begin with prompts alone (default: none)"
+    )
+    split.add_argument(
+        "--roles",
+        choices=ROLES,
+        default="adaptive",
+        help="static: roles stay, and with --prefill K the others only decode (default: %(default)s)",
+    )
+    split.add_argument(
+        "--link-gbps",
+        type=float,
+        default=200.0,
+        metavar="X",
+        help="port of each instance, in Gbit/s (default: %(default)g)",
+    )
     one = parser.add_argument_group("records of a single run", "with one policy, seed and load only")
     one.add_argument("--log", type=Path, metavar="FILE", help="write one JSON line per request")
     one.add_argument("--journal", type=Path, metavar="FILE", help="write every event and decision, as `serve` does")
@@ -162,6 +189,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         known_lengths=args.known_lengths,
         leap=not args.no_leap,
         faults=tuple(parse_fault(text, args.instances) for text in args.fault),
+        split=_split(args),
     )
     # The capacity is that of the workload's own seed, so that other seeds are not measured with another yardstick.
     arrivals = generate(workload)
@@ -181,6 +209,25 @@ def make_plan(args: argparse.Namespace) -> Plan:
         bound=args.bound,
         detailed=args.report is not None,
     )
+
+
+def _split(args: argparse.Namespace) -> Split | None:
+    link_gbps = _number("--link-gbps", args.link_gbps, above=0.0)
+    if args.mode == "colocated":
+        if args.prefill is not None or args.roles == "static":
+            option = "--prefill" if args.prefill is not None else "--roles static"
+            raise ConfigError(f"{option} needs --mode disaggregated: colocated instances have no roles")
+        return None
+    if args.instances < 2:
+        raise ConfigError(f"--mode {args.mode} needs at least two instances (--instances {args.instances})")
+    prefill = 0 if args.prefill is None else args.prefill
+    if args.mode == "auto" and (args.prefill is not None or args.roles == "static"):
+        raise ConfigError("--mode auto chooses the roles itself: leave out --prefill and --roles static")
+    if args.prefill is not None and not 1 <= prefill < args.instances:
+        raise ConfigError(f"--prefill {prefill} must be from 1 to {args.instances - 1}: some instance has to decode")
+    static = args.roles == "static"
+    decode = args.instances - prefill if static and prefill else 0
+    return Split(prefill, decode, not static, Link(bytes_per_s=link_gbps * 1e9 / 8.0))
 
 
 def parse_loads(text: str) -> tuple[float, ...]:
@@ -261,7 +308,7 @@ def _recorded(plan: Plan, log: Path | None, journal: Path | None) -> Outcomes:
             if journal is not None:
                 models = tuple(dict.fromkeys(a.model or MODEL for a in runner.arrivals(task.cell)))
                 file = files.enter_context(journal.open("wb"))
-                file.write(_journal_header(models, task.policy))
+                file.write(_journal_header(runner.controller_config(models, task.policy)))
                 observe = _observer(file)
             began = time.perf_counter()
             result = runner.simulate(task, observe)
@@ -274,9 +321,8 @@ def _recorded(plan: Plan, log: Path | None, journal: Path | None) -> Outcomes:
     return done | {bound: runner.perform(bound) for bound in bounds}
 
 
-def _journal_header(models: tuple[str, ...], policy: str) -> bytes:
+def _journal_header(config: ControllerConfig) -> bytes:
     """The first line of a journal that begins with the fleet: the driver's controller before its first event."""
-    config = ControllerConfig(models, policy)
     header = Header(
         version=JOURNAL_VERSION,
         hyperflexis=__version__,

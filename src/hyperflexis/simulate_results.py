@@ -163,6 +163,7 @@ class Results:
                 "report_delay_ms": 1000.0 * setting.report_delay_s,
                 "known_lengths": setting.known_lengths,
                 "faults": [asdict(fault) for fault in setting.faults],
+                "split": None if setting.split is None else asdict(setting.split),
             },
             "oracle": self._oracle(),
             "policies": {name: self._policy(name) for name in plan.names},
@@ -225,7 +226,8 @@ class Results:
         first = self.summaries[plan.names[0]][plan.chosen]
         shown.add_column("load", no_wrap=True)
         shown.add_column("policy", no_wrap=True)
-        for heading in ("on time %", *(name or "-" for name in first.classes)):
+        stages = ("TTFT %", "TPOT %") if setting.split is not None else ()
+        for heading in ("on time %", *stages, *(name or "-" for name in first.classes)):
             shown.add_column(heading, justify="right", no_wrap=True)
         bound = ("% of LP\nbound",) if plan.bound else ()
         for heading in ("on time\n/s", "mean\ne2e s", "capped\nmean s", "rejected\n+lost", *bound):
@@ -237,6 +239,7 @@ class Results:
                     f"{load:.2f}" if name == plan.names[0] else "",
                     name,
                     _with_interval(s),
+                    *(number(_hundredfold(share), 1) for share in (s.ttft_attainment, s.tpot_attainment) if stages),
                     *(number(_hundredfold(s.attainment_by_class.get(c)), 1) for c in first.classes),
                     number(s.goodput_rps, 2),
                     number(s.mean_e2e_s, 2),

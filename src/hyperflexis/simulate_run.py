@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from .controller import ControllerConfig
+from .core.links import Split
 from .core.profile import Profile
 from .errors import HyperFlexisError
 from .policy.catalog import Policy
@@ -38,6 +40,7 @@ class Setting:
     known_lengths: bool = False
     leap: bool = True
     faults: tuple[Fault, ...] = ()
+    split: Split | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,10 @@ class Runner:
             self._cell = cell
         return self._arrivals
 
+    def controller_config(self, models: tuple[str, ...], policy: str) -> ControllerConfig:
+        """That of the controller which ``simulate`` runs."""
+        return ControllerConfig(models, policy, split=self.setting.split)
+
     def perform(self, task: Task) -> RunOutcome | LpBound:
         """Any task, for a pool."""
         if isinstance(task, BoundTask):
@@ -127,6 +134,7 @@ class Runner:
             known_lengths=setting.known_lengths,
             leap=setting.leap,
             faults=setting.faults,
+            split=setting.split,
             sample_s=duration_s / TIMELINE_POINTS if task.detailed else 0.0,
         )
         try:

@@ -17,6 +17,7 @@ from hyperflexis.controller import Controller
 from hyperflexis.core.effects import Dispatch, Effect, Reject, Suspect
 from hyperflexis.core.events import Event, InstanceJoined, InstanceLeft, RequestFinished
 from hyperflexis.core.latency import Coefficients
+from hyperflexis.core.links import Link, Split
 from hyperflexis.core.profile import Profile
 from hyperflexis.core.slo import Slo
 from hyperflexis.policy.catalog import find_policy
@@ -98,6 +99,8 @@ def run(config: SimConfig, arrivals: list[Arrival], duration_s: float) -> tuple[
     return result, watch
 
 
+SLOW_LINK = Link(0.002, 2e4)  # a byte a token: 50 microseconds each
+SPLITS = (None, Split(), Split(link=SLOW_LINK), Split(1, 0), Split(1, 1, adapt=False, link=SLOW_LINK))
 POLICY_NAMES = ("hyperflexis", "round_robin@256", "prefill_first", "edf@512", "priority")
 
 
@@ -119,6 +122,7 @@ def test_leaping_equals_stepping(seed: int) -> None:
         report_delay_s=random.choice((0.0, 0.1)),
         faults=faults,
         seed=seed,
+        split=random.choice(SPLITS),
     )
     leapt, leapt_log = run(setup, arrivals, 10.0)
     stepped, stepped_log = run(replace(setup, leap=False), arrivals, 10.0)
@@ -205,7 +209,8 @@ def test_a_drained_instance_is_empty_at_once_and_serves_again() -> None:
     assert any(record.instance == "0" for record in result.run.records if record.arrived_at > 6.0)
 
 
-def test_ten_thousand_streams_under_random_faults_end_once_with_all_their_tokens() -> None:
+@pytest.mark.parametrize("roles", ["colocated", "static", "adaptive"])
+def test_ten_thousand_streams_under_random_faults_end_once_with_all_their_tokens(roles: str) -> None:
     random, arrivals, t = Random(3), [], 0.0
     for _ in range(10_000):
         t += random.expovariate(100.0)
@@ -215,7 +220,9 @@ def test_ten_thousand_streams_under_random_faults_end_once_with_all_their_tokens
         at += random.expovariate(2.0)
         kind = random.choice(("kill", "kill", "hang", "slow", "drain"))
         faults.append(Fault(at, random.randrange(6), kind, random.uniform(0.05, 2.0), 10.0))  # type: ignore[arg-type]
-    result, _ = run(config(instances=6, faults=tuple(faults)), arrivals, t)
+    split = None if roles == "colocated" else Split(2, 2, adapt=roles == "adaptive", link=SLOW_LINK)
+    result, _ = run(config(instances=6, faults=tuple(faults), split=split), arrivals, t)
+    assert (result.counters.handoffs > 1000) == (split is not None)
     outcomes = Counter(record.outcome for record in result.run.records)
     assert outcomes.total() == 10_000 and set(outcomes) <= {"finished", "rejected", "failed"}
     assert outcomes["finished"] > 9_900, outcomes

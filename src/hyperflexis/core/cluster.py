@@ -12,16 +12,20 @@ from dataclasses import dataclass, field
 from math import inf
 
 from ..errors import IllegalTransition
+from .demand import Demand
 from .health import Health
 from .instance import InstanceInfo, InstanceReport, InstanceState, check_instance_move
 from .latency import Coefficients
 from .lengths import LengthModel
+from .links import Links
 from .prefixes import Prefixes
 from .request import QueuedJob, Request, RequestState, check_request_move
 from .shares import FairShares
 
 REPORT_DELAY_S = 0.1
 """A report may be this old: a first token is held to be late only if it was late even so."""
+CONVERTIBLE = 0.5
+"""The prefill share of an instance that computes prompts and decodes."""
 
 
 @dataclass(slots=True, eq=False)
@@ -29,7 +33,8 @@ class TrackedRequest:
     """A request in flight. ``first_due`` is when its first token is due, ``pace_s`` the seconds allowed per output
     token (inf: nothing promised); ``prefilled`` and ``output_tokens`` are what its instance last reported. ``work_s``
     and ``context_tokens`` are what its instance counts for it: prompt seconds to come, and the KV tokens that it holds
-    or will hold soon. ``discount`` is below 1 for a request beyond its tenant's fair share.
+    or will hold soon. ``discount`` is below 1 for a request beyond its tenant's fair share. One that ``hands_over`` is
+    to decode elsewhere: where its prompt is computed its pace binds nobody.
 
     A request that goes on elsewhere counts the ``sent_tokens`` in its prompt; ``first_due`` is when the next is due,
     and the expected and reported outputs are of what follows."""
@@ -50,6 +55,7 @@ class TrackedRequest:
     context_tokens: float = 0.0
     discount: float = 1.0
     sent_tokens: int = 0
+    hands_over: bool = False
 
     @property
     def value(self) -> float:
@@ -63,6 +69,8 @@ class TrackedRequest:
 
     def expected_context(self) -> float:
         """The prompt and half of its expected output, or what it has put out if that is more."""
+        if self.hands_over:
+            return self.request.num_prompt_tokens
         return self.request.num_prompt_tokens + max(self.output_tokens, 0.5 * self.expected_output_tokens)
 
     def queued_job(self, work_s: float) -> QueuedJob:
@@ -84,7 +92,8 @@ class TrackedInstance:
     ``num_decodes`` and ``decode_kv_tokens``: requests past their prompt and their context; ``kv_tokens``: context of
     all bound ones, with what they share counted once; ``paces``: how many requests have which pace, without those that
     have missed it; ``prefixes``: what they share, and what its KV cache is expected to have for the next; ``health``:
-    whether it keeps up with ``latency``.
+    whether it keeps up with ``latency``. ``prefill_share`` is its role: 1 prefill only, 0 decode only, between:
+    convertible; ``role_at`` is when it got it.
     """
 
     info: InstanceInfo
@@ -100,6 +109,8 @@ class TrackedInstance:
     paces: dict[float, int] = field(default_factory=dict)
     prefixes: Prefixes = field(default_factory=Prefixes)
     health: Health = field(default_factory=Health)
+    prefill_share: float = CONVERTIBLE
+    role_at: float = 0.0
 
     @property
     def id(self) -> str:
@@ -151,6 +162,18 @@ class TrackedInstance:
         self._count(tracked)
         self.kv_tokens -= self.prefixes.hold(request.prefix_keys, request.num_prompt_tokens)
         self.prefixes.use(request.prefix_keys, request.num_prompt_tokens, self.info.kv_capacity_tokens)
+
+    def keep(self, tracked: TrackedRequest) -> None:
+        """A request that was to decode elsewhere decodes here."""
+        self._uncount(tracked)
+        tracked.hands_over = False
+        self._count(tracked)
+
+    def finish_prompt(self, tracked: TrackedRequest) -> None:
+        """All of its prompt is computed."""
+        self._uncount(tracked)
+        tracked.prefilled = tracked.request.num_prompt_tokens
+        self._count(tracked)
 
     def unbind(self, tracked: TrackedRequest) -> None:
         """Forget a request that left; its context, if it was computed, remains for reuse."""
@@ -211,7 +234,7 @@ class TrackedInstance:
         else:
             self.num_decodes += 1
             self.decode_kv_tokens += tracked.context_tokens
-        if not tracked.missed_first:
+        if not tracked.missed_first and not tracked.hands_over:
             self.paces[tracked.pace_s] = self.paces.get(tracked.pace_s, 0) + 1
 
     def _uncount(self, tracked: TrackedRequest) -> None:
@@ -223,7 +246,7 @@ class TrackedInstance:
         else:
             self.num_decodes -= 1
             self.decode_kv_tokens = max(self.decode_kv_tokens - tracked.context_tokens, 0.0)
-        if not tracked.missed_first:
+        if not tracked.missed_first and not tracked.hands_over:
             self.paces[tracked.pace_s] -= 1
             if not self.paces[tracked.pace_s]:
                 del self.paces[tracked.pace_s]
@@ -239,7 +262,8 @@ def prefix_holders(request: Request, instances: Iterable[TrackedInstance]) -> li
 
 class Cluster:
     """All instances, by model, all requests in flight, those of them that are ``waiting`` for an instance, what their
-    outputs' lengths were so far, and the shares of each model's tenants."""
+    outputs' lengths were so far, the shares of each model's tenants, the links between instances, and what each model's
+    requests ask for."""
 
     def __init__(self) -> None:
         self.instances: dict[str, TrackedInstance] = {}
@@ -248,6 +272,8 @@ class Cluster:
         self.waiting: dict[str, TrackedRequest] = {}
         self.lengths = LengthModel()
         self.shares: dict[str, FairShares] = {}
+        self.links = Links()
+        self.demand: dict[str, Demand] = {}
 
     def ready(self, model: str) -> list[TrackedInstance]:
         """Instances of ``model`` that take new requests, in order of joining; suspected ones if there are no others."""
@@ -280,6 +306,7 @@ class Cluster:
         instance.move(InstanceState.LOST)
         del self.instances[instance.id]
         del self.by_model[instance.info.model][instance.id]
+        self.links.forget(instance.id)
         return list(instance.requests.values())
 
     def track(self, tracked: TrackedRequest) -> None:
@@ -292,6 +319,13 @@ class Cluster:
         """WAITING -> DISPATCHED on ``instance``."""
         tracked.move(RequestState.DISPATCHED)
         del self.waiting[tracked.request.id]
+        tracked.instance, tracked.epoch = instance.id, instance.info.epoch
+        instance.bind(tracked)
+
+    def move(self, tracked: TrackedRequest, instance: TrackedInstance) -> None:
+        """A dispatched request whose prompt is computed goes on at another instance."""
+        self.unbind(tracked)
+        tracked.hands_over = False
         tracked.instance, tracked.epoch = instance.id, instance.info.epoch
         instance.bind(tracked)
 

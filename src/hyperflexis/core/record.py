@@ -40,6 +40,18 @@ class Record:
         return self.slo.is_met(self.ttft_s, self.e2e_s, self.received_tokens)
 
     @property
+    def is_first_attained(self) -> bool:
+        """The promise of the prefill stage held: its first token came in time."""
+        return self.ttft_s is not None and self.slo.is_first_met(self.ttft_s)
+
+    @property
+    def is_pace_attained(self) -> bool:
+        """The promise of the decode stage held: it finished at its pace."""
+        if self.outcome != "finished" or self.ttft_s is None or self.e2e_s is None:
+            return False
+        return self.slo.is_pace_met(self.ttft_s, self.e2e_s, self.received_tokens)
+
+    @property
     def tpot_s(self) -> float | None:
         """Seconds per output token after the first; None unless it finished with at least two tokens."""
         if self.outcome != "finished" or self.ttft_s is None or self.e2e_s is None or self.received_tokens < 2:

@@ -60,13 +60,21 @@ class Slo:
 
     def is_met(self, ttft_s: float, e2e_s: float, num_output_tokens: int) -> bool:
         """Strict attainment: every promise holds. With one output token TPOT holds."""
-        if self.ttft_s is not None and ttft_s > self.ttft_s:
-            return False
-        if self.e2e_s is not None and e2e_s > self.e2e_s:
-            return False
-        if self.tpot_s is not None and num_output_tokens > 1:
-            return (e2e_s - ttft_s) / (num_output_tokens - 1) <= self.tpot_s
-        return True
+        return (
+            self.is_first_met(ttft_s)
+            and self.is_pace_met(ttft_s, e2e_s, num_output_tokens)
+            and (self.e2e_s is None or e2e_s <= self.e2e_s)
+        )
+
+    def is_first_met(self, ttft_s: float) -> bool:
+        """The prefill stage's promise: TTFT."""
+        return self.ttft_s is None or ttft_s <= self.ttft_s
+
+    def is_pace_met(self, ttft_s: float, e2e_s: float, num_output_tokens: int) -> bool:
+        """The decode stage's: TPOT."""
+        if self.tpot_s is None or num_output_tokens <= 1:
+            return True
+        return (e2e_s - ttft_s) / (num_output_tokens - 1) <= self.tpot_s
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,11 @@ from math import isfinite
 from typing import Any
 
 from ..errors import ConfigError
-from . import place, step
+from . import handoff, place, step
 from .baselines import door, edf, first_come, prefill_first, priority
+from .baselines import handoff as decoding
 from .baselines import place as baselines
+from .handoff import DecodePolicy
 from .place import PlacePolicy
 from .step import StepPolicy
 
@@ -42,7 +44,8 @@ STEPS: dict[str, StepFunctions] = {
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A placement and the name of the step policy (a key of STEPS) that belongs with it.
+    """A placement and the name of the step policy (a key of STEPS) that belongs with it. ``decode`` says where a prompt
+    that was computed on a prefill instance decodes, in fleets that have such.
 
     ``chunk`` is the most tokens of an iteration, in place of the instance's own limit. With ``fail_fast`` a request
     that the placement does not expect on time is refused, whether its client chose so or not. With ``fair`` a request
@@ -54,17 +57,18 @@ class Policy:
     chunk: int | None = None
     fail_fast: bool = False
     fair: bool = False
+    decode: DecodePolicy = decoding.fewest_requests
 
 
 POLICIES: dict[str, Policy] = {
-    "hyperflexis": Policy(place.place, "hyperflexis", fair=True),
-    "round_robin": Policy(baselines.round_robin, "first_come"),
+    "hyperflexis": Policy(place.place, "hyperflexis", fair=True, decode=handoff.choose),
+    "round_robin": Policy(baselines.round_robin, "first_come", decode=decoding.in_turn),
     "least_loaded": Policy(baselines.least_loaded, "first_come"),
     "power_of_two": Policy(baselines.power_of_two, "first_come"),
     "prefill_first": Policy(baselines.least_loaded, "prefill_first"),
     "edf": Policy(baselines.least_work, "edf"),
     "priority": Policy(baselines.least_loaded, "priority"),
-    "kv_aware": Policy(baselines.kv_aware, "first_come"),
+    "kv_aware": Policy(baselines.kv_aware, "first_come", decode=decoding.least_kv),
     "reject_at_door": Policy(door.reject_at_door, "edf", fail_fast=True),
 }
 

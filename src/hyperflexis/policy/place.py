@@ -4,6 +4,7 @@
            - 2 x its value if a steady decode iteration would break a pace, or KV cache or batch would overflow
     cost = seconds of the queue it joins: prompts to compute, and ten times what its decodes add to a step
            - five times the seconds that a prefix in its KV cache saves
+           + a second where prompts are not wanted (roles.py)
 
 Best (gain, -cost) among the least loaded and the cheapest that holds a prefix of the prompt. Bound at arrival and not
 moved: holding at the gateway and moving later both lost in our experiments.
@@ -30,6 +31,8 @@ SAVING_WEIGHT = 5.0
 """Seconds of load that a second of prompt work saved is worth: what is not computed again is not held twice either, and
 leaves time and KV cache to the requests that follow. In simulation 0 / 1 / 3 / 5 / 10 give 91.4 / 97.4 / 97.7 / 98.3 /
 98.6% on time (coding agents, load 1.5)."""
+ROLE_WEIGHT = 1.0
+"""Seconds of load that a prompt is worth to an instance that computes prompts alone, over one that decodes alone."""
 MIN_SHARE = 0.35
 """Share of an instance's time that prompts get in the end even where decodes leave less now: those ahead of their pace
 lend theirs, and the batch drains. In simulation 0.05 / 0.35 / 0.5 / 0.7 give 89.5 / 90.5 / 89.9 / 88.7% on time."""
@@ -113,7 +116,7 @@ class _Offer:
         self.load_s = load_s(instance)
         self.hit = instance.prefix_hit_tokens(request)
         self.saved_s = instance.latency.prefill_s(self.hit)
-        self.cost_s = self.load_s - SAVING_WEIGHT * self.saved_s
+        self.cost_s = self.load_s - SAVING_WEIGHT * self.saved_s + ROLE_WEIGHT * (1.0 - instance.prefill_share)
 
 
 _COST = attrgetter("cost_s")

@@ -6,7 +6,9 @@ the order in which leftovers serve them.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Iterator
+from math import inf
 from operator import attrgetter
 from typing import Generic, Protocol, TypeVar
 
@@ -42,6 +44,7 @@ class Waits(Protocol):
 
 
 W = TypeVar("W", bound=Waits)
+LAST_PROMISES = 64
 _ARRIVED_AT = attrgetter("arrived_at")
 
 
@@ -51,10 +54,12 @@ def leftover_rank(job: Waits) -> tuple[float, float]:
 
 
 class Waiting(Generic[W]):
-    """See the module. Iterates in order of arrival. ``started`` are those that hold KV blocks, by id."""
+    """See the module. Iterates in order of arrival. ``started`` are those that hold KV blocks, by id. ``promises_s``
+    are the times to first token of the last LAST_PROMISES requests."""
 
     def __init__(self) -> None:
         self.started: dict[str, W] = {}
+        self.promises_s: deque[float] = deque(maxlen=LAST_PROMISES)
         self._jobs: dict[str, W] = {}
         self._open: list[tuple[float, int, W]] = []
         self._late: list[tuple[tuple[float, float], int, W]] = []
@@ -82,6 +87,11 @@ class Waiting(Generic[W]):
         """The largest value of a request here; 0 when there is none."""
         return self._values.top
 
+    @property
+    def promise_s(self) -> float:
+        """The tightest time to first token of late; inf when nothing was promised."""
+        return min(self.promises_s, default=inf)
+
     def by_deadline(self) -> Iterator[W]:
         """Those that are not late, the earliest deadline first, among equals the first to join."""
         return (job for _, _, job in self._open)
@@ -104,6 +114,8 @@ class Waiting(Generic[W]):
     def add(self, job: W) -> None:
         """A request that waits from now on: a new one, or one that was preempted."""
         self._jobs[job.id] = job
+        if job.next_due > job.arrived_at:
+            self.promises_s.append(job.next_due - job.arrived_at)
         if job.arrived_at < self._newest:
             self._jobs = {one.id: one for one in sorted(self._jobs.values(), key=_ARRIVED_AT)}
         self._newest = max(self._newest, job.arrived_at)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import inf
+from typing import Any
 
 from ..batcher import Sequence
-from ..core.effects import Dispatch
+from ..core.effects import Dispatch, Handoff
 from ..core.events import RequestArrived
 from ..core.record import Record, RecordOutcome
 from ..core.request import Request
@@ -20,7 +21,7 @@ GATEWAY = "gateway"
 class Client:
     """``request`` is what was asked first. ``seq`` is what its instance has of it, and ``length`` the output tokens
     that it will compute, which no scheduler knows. ``first_token_at`` is on the run's clock. Tokens of ``stream`` are
-    their positions."""
+    their positions. ``handoff`` is under way; ``carried`` are the output tokens that came with the last one."""
 
     arrival: Arrival
     request: Request
@@ -33,6 +34,8 @@ class Client:
     ended: bool = False
     paused_at: float | None = None
     pause_s: float = 0.0
+    handoff: Any = None
+    carried: int = 0
 
     def __post_init__(self) -> None:
         self.stream = Stream(self.request.max_output_tokens)
@@ -45,8 +48,12 @@ class Client:
     @property
     def num_tokens(self) -> int:
         """Tokens that it has."""
-        running = self.seq.output_tokens if self.seq is not None else 0
-        return len(self.stream.tokens) + running
+        return len(self.stream.tokens) + self._running
+
+    @property
+    def _running(self) -> int:
+        """Tokens since it was placed."""
+        return 0 if self.seq is None else max(self.seq.output_tokens, self.carried)
 
     @property
     def cached_tokens(self) -> int:
@@ -62,12 +69,22 @@ class Client:
     def dispatched(self, to: Dispatch, block_size: int | None) -> Sequence:
         """What the instance gets; ``block_size`` None: its cache shares no prefixes."""
         self.stream.begin()
+        self.instance, self.carried = to.instance, 0
+        self.length = min(self.arrival.num_output_tokens, self.request.max_output_tokens) - self.stream.before
+        self.seq = self.sequence(to, block_size)
+        self.seq.hands_over = to.hands_over
+        return self.seq
+
+    def moved(self, seq: Sequence, instance: str, output_tokens: int) -> None:
+        """Another instance has it now, with the tokens since it was placed."""
+        self.seq, self.instance, self.carried, self.handoff = seq, instance, output_tokens, None
+
+    def sequence(self, to: Dispatch | Handoff, block_size: int | None) -> Sequence:
+        """What an instance gets to know of it."""
         slo, arrived_at, count = self.request.slo, self.arrival.t, self.stream.before
         expected = to.expected_output_tokens
         due_s, _ = due(slo, count + expected, self.stream.sent(self.ttft_s))
-        self.instance = to.instance
-        self.length = min(self.arrival.num_output_tokens, self.request.max_output_tokens) - count
-        self.seq = Sequence(
+        return Sequence(
             self.id,
             self.request.num_prompt_tokens + count,
             self.request.max_output_tokens - count,
@@ -79,15 +96,14 @@ class Client:
             expected_output_tokens=expected,
             payload=self,
         )
-        return self.seq
 
     def lost(self, moved_at: float, failed: bool = True) -> Loss | None:
         """Its instance is gone, or is not to go on with it; the last tokens came at ``moved_at``."""
         assert self.seq is not None
-        if self.seq.output_tokens:
+        if self._running:
             self.paused_at = moved_at
         count, attempt = len(self.stream.tokens), self.stream.attempt
-        self.stream.take(attempt, range(count, count + self.seq.output_tokens))
+        self.stream.take(attempt, range(count, count + self._running))
         self.seq = None
         self.avoid = self.instance
         return self.stream.lose(attempt, failed)

@@ -6,6 +6,7 @@ devices that take as long as a profile says, and the way that events, reports an
     arrival    -> Controller -> Dispatch -> Batcher.add          a request is placed and joins an instance's queue
     iteration  -> Batcher.commit -> tokens, RequestFinished      an instance's batch is done; it plans the next one
     report     -> Batcher.take_progress -> Controller            every 100 ms, as live instances do while they move
+    handoff    -> Batcher.expect, arrived                        disaggregated: KV moves to where the request decodes
     fault      -> InstanceLeft, InstanceJoined, Tick             an instance dies, hangs or slows down
 
 Events are taken in the order (time, phase, sequence), so that a run is a function of its inputs alone.
@@ -29,16 +30,29 @@ from typing import assert_never
 from ..batcher import Batch, Batcher, BatcherConfig, RequestTooLong
 from ..batcher import Sequence as BatcherSequence
 from ..controller import Controller, ControllerConfig
-from ..core.effects import Dispatch, Drain, Effect, Evacuate, Reject, Suspect
-from ..core.events import DrainAsked, Event, InstanceJoined, InstanceLeft, InstanceReported, RequestFinished, Tick
+from ..core import effects
+from ..core.effects import Dispatch, Drain, Effect, Evacuate, Reject, SetRole, Suspect
+from ..core.events import (
+    DrainAsked,
+    Event,
+    HandoffFailed,
+    InstanceJoined,
+    InstanceLeft,
+    InstanceReported,
+    PrefillEnding,
+    RequestFinished,
+    Tick,
+)
 from ..core.health import WATCH_S
 from ..core.instance import InstanceInfo, InstanceReport
 from ..core.latency import OnlineFit
 from ..core.lengths import LengthModel
+from ..core.links import Links, Split
 from ..core.profile import Profile
 from ..core.record import Record, RecordOutcome, Run
 from ..core.request import Request
 from ..policy.catalog import STEPS, Policy
+from ..policy.handoff import LAYERS
 from .client import Client
 from .faults import Fault
 from .workload import Arrival, prefix_keys
@@ -51,7 +65,7 @@ REPORT_S = 0.1
 """Instances report this often, as live ones do."""
 GIVE_UP = 10.0
 """A run ends after this many times its duration; what is open then is unfinished."""
-_FAULT, _ITERATION, _REPORT, _WATCH, _SAMPLE = range(5)
+_FAULT, _ITERATION, _HANDOFF, _REPORT, _WATCH, _SAMPLE = range(6)
 
 Observer = Callable[[float, Event, Sequence[Effect]], None]
 """Sees each event that the controller took, with its time and effects."""
@@ -66,6 +80,8 @@ class SimConfig:
     ``report_delay_s`` is how late reports arrive. ``known_lengths`` tells the scheduler each request's output length.
     ``exact_limits`` makes clients ask for exactly the tokens they get (as `bench` does), else for all that the context
     allows. ``sample_s`` is the spacing of the timeline, 0 for none.
+
+    With a ``split`` instances have roles, and KV moves between them.
     """
 
     profile: Profile
@@ -83,6 +99,12 @@ class SimConfig:
     leap: bool = True
     sample_s: float = 0.0
     faults: tuple[Fault, ...] = ()
+    split: Split | None = None
+
+    @property
+    def ticks(self) -> bool:
+        """Whether the controller has to look round from time to time."""
+        return bool(self.faults) or (self.split is not None and self.split.adapt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +121,9 @@ class Sample:
 
 @dataclass(slots=True)
 class SimCounters:
-    """What a run took. ``outside_s`` is the iteration time spent outside of the profile's domain."""
+    """What a run took. ``outside_s`` is the iteration time spent outside of the profile's domain, ``exposed_s`` the
+    time between first tokens and the arrival of their KV elsewhere, over all ``handoffs``; ``transitions`` counts
+    roles."""
 
     events: int = 0
     iterations: int = 0
@@ -109,6 +133,9 @@ class SimCounters:
     preemptions: int = 0
     busy_s: float = 0.0
     outside_s: float = 0.0
+    handoffs: int = 0
+    exposed_s: float = 0.0
+    transitions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +155,28 @@ def simulate(
 
 
 @dataclass(slots=True, eq=False)
+class Handoff:
+    """A request on its way: ``leaves`` is what the ``source`` has of it and ``seq`` what the ``target`` will.
+    ``is_there``: its KV is, but for what the iteration under way adds. ``over``: it has arrived, or is not to."""
+
+    client: Client
+    source: _Instance
+    target: _Instance
+    leaves: BatcherSequence
+    seq: BatcherSequence
+    is_there: bool = False
+    is_parked: bool = False
+    over: bool = False
+
+
+@dataclass(slots=True, eq=False)
 class _Instance:
     """An engine process: its Batcher, and the iterations under way.
 
     ``ends`` and ``seconds`` are the end times and durations of the coming iterations of ``batch``; ``version`` tells
     a planned end from one that was cut. ``last_tokens`` is a heap of (tick of the Batcher that brings it, sequence
-    number, request). ``moved_at`` is when the last iteration ended.
+    number, request). ``moved_at`` is when the last iteration ended. ``leaving``, ``arriving`` and
+    ``returning`` are what handoffs have to do before the next plan.
     """
 
     number: int
@@ -150,6 +193,9 @@ class _Instance:
     slow: float = 1.0
     budget_s: float = 0.0
     moved_at: float = 0.0
+    leaving: list[Handoff] = field(default_factory=list)
+    arriving: list[Handoff] = field(default_factory=list)
+    returning: list[BatcherSequence] = field(default_factory=list)
 
 
 class _Simulation:
@@ -177,9 +223,11 @@ class _Simulation:
             context_length=profile.context_length,
             prefix_reuse=config.prefix_reuse,
         )
+        self._block_size = config.block_size if config.prefix_reuse else None
         models = tuple(dict.fromkeys(arrival.model or MODEL for arrival in arrivals)) or (MODEL,)
         self._models = models
-        self._controller = Controller(ControllerConfig(models, config.policy))
+        self._controller = Controller(ControllerConfig(models, config.policy, split=config.split))
+        self._links = Links() if config.split is None else Links(config.split.link)
         if config.known_lengths:
             self._controller.cluster.lengths = _KnownLengths()
         self._noise = [Random(f"{config.seed}:noise:{n}") for n in range(config.instances)]
@@ -193,7 +241,7 @@ class _Simulation:
             self._tell(InstanceJoined(instance.info), 0.0)
         for fault in self._config.faults:
             self._push(fault.at_s, _FAULT, fault)
-        if self._config.faults:
+        if self._config.ticks:
             self._push(WATCH_S, _WATCH, Tick())
         if self._config.sample_s:
             self._push(0.0, _SAMPLE, None)
@@ -235,6 +283,8 @@ class _Simulation:
                 self._tell(what, now)
                 self._push(now + WATCH_S, _WATCH, what)
                 return False
+            case Handoff():
+                self._kv_is_there(what, now)
             case Fault():
                 self._fault(what, now)
             case (Fault() as fault, int() as epoch):
@@ -249,15 +299,19 @@ class _Simulation:
     # The controller and its effects
 
     def _tell(self, event: Event, now: float) -> None:
-        effects = self._controller.handle(event, now)
-        if self._observe is not None and (effects or not isinstance(event, Tick)):
-            self._observe(now, event, effects)
-        for effect in effects:
+        orders = self._controller.handle(event, now)
+        if self._observe is not None and (orders or not isinstance(event, Tick)):
+            self._observe(now, event, orders)
+        for effect in orders:
             match effect:
                 case Dispatch():
                     self._dispatch(self._clients[effect.request_id], effect, now)
                 case Reject():
                     self._end(self._clients[effect.request_id], "rejected", now, detail=effect.reason)
+                case effects.Handoff():
+                    self._hand_over(self._clients[effect.request_id], effect, now)
+                case SetRole():
+                    self._counters.transitions += 1
                 case Suspect():
                     pass
                 case Evacuate():
@@ -289,7 +343,7 @@ class _Simulation:
 
     def _dispatch(self, client: Client, effect: Dispatch, now: float) -> None:
         instance = self._instances[int(effect.instance)]
-        seq = client.dispatched(effect, self._sizes.block_size if self._sizes.prefix_reuse else None)
+        seq = client.dispatched(effect, self._block_size)
         self._settle(instance, now, cut=True)
         try:
             instance.batcher.add(seq, now)
@@ -300,16 +354,118 @@ class _Simulation:
         if instance.batch is None and instance.up:
             self._plan(instance, now)
 
+    # Handoffs
+
+    def _hand_over(self, client: Client, effect: effects.Handoff, now: float) -> None:
+        """The target makes room, and the KV begins to move."""
+        source, target = self._instances[int(effect.source)], self._instances[int(effect.instance)]
+        self._settle(target, now, cut=True)
+        leaves = client.seq
+        assert leaves is not None
+        seq = client.sequence(effect, self._block_size)
+        found = target.batcher.expect(seq, now)
+        if found is None:
+            self._tell(HandoffFailed(client.id, source.info.id, source.info.epoch, "no room"), now)
+            return
+        handoff = client.handoff = Handoff(client, source, target, leaves, seq)
+        size = float(max(leaves.num_tokens - found, 0) * source.info.kv_bytes_per_token)
+        left_s, last = 0.0, 0.0
+        if not leaves.output_tokens:  # its prompt ends with the iteration under way
+            left_s, last = source.ends[-1] - now, size / LAYERS
+            source.leaving.append(handoff)
+        exposed_s = self._links.exposed_s(source.info.id, target.info.id, size, left_s, last, now)
+        self._links.add(source.info.id, target.info.id, size, now)
+        self._counters.handoffs += 1
+        self._counters.exposed_s += exposed_s
+        self._push(now + left_s + exposed_s, _HANDOFF, handoff)
+
+    def _kv_is_there(self, handoff: Handoff, now: float) -> None:
+        """All but what an iteration under way adds."""
+        source = handoff.source
+        if handoff.over:
+            return
+        self._settle(source, now, cut=True)
+        if handoff.is_parked or source.batch is None:
+            self._go_on(handoff, now)
+        else:
+            handoff.is_there = True
+            source.leaving.append(handoff)
+
+    def _go_on(self, handoff: Handoff, now: float) -> None:
+        """The source forgets the request, the target has it."""
+        target = handoff.target
+        handoff.source.batcher.cancel(handoff.client.id)
+        handoff.client.moved(handoff.seq, target.info.id, handoff.leaves.output_tokens)
+        handoff.over = True
+        self._settle(target, now, cut=True)
+        target.arriving.append(handoff)
+        if target.batch is None:
+            self._plan(target, now)
+
+    def _move_kv(self, instance: _Instance, now: float) -> None:
+        """What handoffs do between two iterations."""
+        for seq in instance.returning:
+            if instance.batcher.get(seq.id) is seq:
+                instance.batcher.unpark(seq.id)
+                self._note_last_token(instance, seq)
+        instance.returning.clear()
+        leaving, instance.leaving = instance.leaving, []
+        for handoff in leaving:
+            if handoff.over:
+                continue
+            if handoff.is_there:
+                self._go_on(handoff, now)
+            elif instance.batcher.runs(handoff.client.id):
+                instance.batcher.park(handoff.client.id)
+                handoff.is_parked = True
+        arriving, instance.arriving = instance.arriving, []
+        for handoff in arriving:
+            seq, leaves = handoff.seq, handoff.leaves
+            if instance.batcher.get(seq.id) is not seq:
+                continue
+            computed, output = leaves.computed, leaves.output_tokens
+            if not instance.batcher.room_for(seq.id, leaves.num_tokens):
+                instance.batcher.cancel(seq.id)
+                self._lose(seq, now, now, failed=False)
+                continue
+            instance.batcher.arrived(seq.id, computed, range(output), now, leaves.first_token_at)
+            self._note_last_token(instance, seq)
+
+    def _give_up_handoff(self, client: Client, seq: BatcherSequence, now: float) -> bool:
+        """One side of a handoff is lost with ``seq``. True when the request goes on at its source."""
+        handoff, client.handoff = client.handoff, None
+        if handoff is None or handoff.over:
+            return False
+        handoff.over = True
+        if seq is handoff.leaves:
+            self._settle(handoff.target, now)
+            handoff.target.batcher.cancel(client.id)
+            return False
+        source = handoff.source
+        if handoff.is_parked:
+            self._settle(source, now, cut=True)
+            source.returning.append(handoff.leaves)
+            if source.batch is None:
+                self._plan(source, now)
+        self._tell(HandoffFailed(client.id, source.info.id, source.info.epoch, "the target was lost"), now)
+        return True
+
     # Iterations
 
     def _plan(self, instance: _Instance, now: float) -> None:
         """The next iterations of an instance, or rest."""
+        if instance.leaving or instance.arriving or instance.returning:
+            self._move_kv(instance, now)
         batch = instance.batch = instance.batcher.plan(now)
         if batch is None:
             return
         instance.budget_s = batch.budget_s
         times = self._steps(instance, batch) if self._config.leap and batch.repeat > 1 else 1
         self._schedule(instance, batch, now, times)
+        for chunk in batch.prefills:
+            if chunk.samples and chunk.seq.hands_over and not chunk.seq.output_tokens:
+                info = instance.info
+                self._tell(PrefillEnding(chunk.seq.id, info.id, info.epoch, batch.predicted_s), now)
         if not instance.reporting:
             instance.reporting = True
             self._push(_next_tick(now), _REPORT, instance)
@@ -387,16 +543,19 @@ class _Simulation:
         self._count(batch, instance.seconds)
         ended = self._last_tokens_of(instance, batch)
         for emitted in instance.batcher.commit_sizes(batch, ended, now, instance.seconds[0]):
-            client = emitted.seq.payload
-            assert isinstance(client, Client)
+            client = _client(emitted.seq)
             client.first_token(now)
             if emitted.finish is not None:
                 self._finished(client, now)
             else:
-                left = _length(emitted.seq) - emitted.seq.output_tokens
-                self._sequence += 1
-                heappush(instance.last_tokens, (instance.batcher.ticks + left, self._sequence, emitted.seq))
+                self._note_last_token(instance, emitted.seq)
         self._plan(instance, now)
+
+    def _note_last_token(self, instance: _Instance, seq: BatcherSequence) -> None:
+        """When a request that runs will end."""
+        left = _length(seq) - seq.output_tokens
+        self._sequence += 1
+        heappush(instance.last_tokens, (instance.batcher.ticks + left, self._sequence, seq))
 
     def _last_tokens_of(self, instance: _Instance, batch: Batch) -> list[BatcherSequence]:
         """The requests that get their last token in this iteration."""
@@ -405,8 +564,8 @@ class _Simulation:
             heap, tick = instance.last_tokens, instance.batcher.ticks + 1
             while heap and heap[0][0] <= tick:
                 seq = heappop(heap)[2]
-                # Not one that was preempted after this entry was made.
-                if seq.remaining_prefill == 1 and seq.output_tokens + 1 == _length(seq):
+                # Not one that was preempted after this entry was made; one that was parked in between has two.
+                if seq.remaining_prefill == 1 and seq.output_tokens + 1 == _length(seq) and seq not in ended:
                     ended.append(seq)
         return ended
 
@@ -419,6 +578,8 @@ class _Simulation:
         assert client.first_token_at is not None
         arrived_at = client.arrival.t
         client.stream.finish(client.stream.attempt)
+        if client.seq is not None:
+            self._give_up_handoff(client, client.seq, now)
         event = RequestFinished(
             client.id,
             "finished",
@@ -450,7 +611,7 @@ class _Simulation:
         if instance.batch is not None:
             instance.reporting = True
             self._push(_next_tick(now), _REPORT, instance)
-        if not progress and not self._config.faults:
+        if not progress and not self._config.ticks:
             return  # what it could say matters only to the watch
         counters = batcher.counters
         report = InstanceReported(
@@ -510,6 +671,8 @@ class _Simulation:
             max_batch_tokens=sizes.max_batch_tokens,
             returns_token_ids=True,
             latency=prior,
+            kv_address=f"sim:{number}",
+            kv_bytes_per_token=config.profile.kv_bytes_per_token,
         )
         return _Instance(number, info, Batcher(sizes, OnlineFit(prior), step.plan, step.victim))
 
@@ -545,17 +708,18 @@ class _Simulation:
         info = instance.info
         self._tell(InstanceLeft(info.id, info.epoch, "killed"), now)
         for seq in instance.batcher.sequences():
-            self._lose(seq, instance.moved_at, now)
+            if not self._give_up_handoff(_client(seq), seq, now):
+                self._lose(seq, instance.moved_at, now)
 
     def _evacuate(self, instance: _Instance, now: float, failed: bool) -> None:
         self._settle(instance, now, cut=True)
         for seq in instance.batcher.sequences():
             instance.batcher.cancel(seq.id)
-            self._lose(seq, instance.moved_at, now, failed)
+            if not self._give_up_handoff(_client(seq), seq, now):
+                self._lose(seq, instance.moved_at, now, failed)
 
     def _lose(self, seq: BatcherSequence, moved_at: float, now: float, failed: bool = True) -> None:
-        client = seq.payload
-        assert isinstance(client, Client)
+        client = _client(seq)
         match client.lost(moved_at, failed):
             case "resume":
                 self._tell(client.ask(now), now)
@@ -610,10 +774,13 @@ class _KnownLengths(LengthModel):
         return float(request.max_output_tokens)
 
 
+def _client(seq: BatcherSequence) -> Client:
+    assert isinstance(seq.payload, Client)
+    return seq.payload
+
+
 def _length(seq: BatcherSequence) -> int:
-    client = seq.payload
-    assert isinstance(client, Client)
-    return client.length
+    return _client(seq).length
 
 
 def _next_tick(now: float) -> float:

@@ -43,12 +43,16 @@ class ClassSummary:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One policy over all its runs. ``goodput_rps`` is requests on time per second of arrivals. ``ci95`` has 95%
-    intervals by figure, and by class as ``attainment_by_class.NAME``: those of ``summarise`` are bootstrap intervals
-    within its runs and say nothing of other seeds or machines; those of ``sweep.combine`` are over seeds."""
+    """One policy over all its runs. ``ttft_attainment`` and ``tpot_attainment`` are the shares of requests that kept
+    the promise of the prefill and of the decode stage. ``goodput_rps`` is requests on time per second of arrivals.
+    ``ci95`` has 95% intervals by figure, and by class as ``attainment_by_class.NAME``: those of ``summarise`` are
+    bootstrap intervals within its runs and say nothing of other seeds or machines; those of ``sweep.combine`` are over
+    seeds."""
 
     requests: int
     attainment: float | None
+    ttft_attainment: float | None
+    tpot_attainment: float | None
     attainment_by_class: dict[str, float | None]
     goodput_rps: float
     mean_e2e_s: float | None
@@ -117,6 +121,8 @@ def summarise(runs: Sequence[Run], accelerator_s: float | None = None) -> Summar
     return Summary(
         requests=count,
         attainment=total.attained / count if count else None,
+        ttft_attainment=sum(record.is_first_attained for record, _ in pooled) / count if count else None,
+        tpot_attainment=sum(record.is_pace_attained for record, _ in pooled) / count if count else None,
         attainment_by_class={name: c.attainment for name, c in classes.items()},
         goodput_rps=total.attained / duration if duration else 0.0,
         mean_e2e_s=total.e2e_s / count if count else None,

@@ -23,6 +23,8 @@ _T975 = (
 _COUNTS = ("requests", "rejected", "unfinished", "failed", "cancelled", "accelerator_s")
 FIGURES = (
     "attainment",
+    "ttft_attainment",
+    "tpot_attainment",
     "goodput_rps",
     "mean_e2e_s",
     "mean_capped_e2e_s",
@@ -33,7 +35,7 @@ FIGURES = (
 )
 """The figures of a Summary that are means over seeds."""
 BY_CLASS = "attainment_by_class."
-_SHARES = ("attainment", BY_CLASS)
+_SHARES = ("attainment", "ttft_attainment", "tpot_attainment", BY_CLASS)
 
 
 def t975(freedom: int) -> float:

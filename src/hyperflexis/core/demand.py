@@ -1,0 +1,70 @@
+"""What a model's requests ask of its instances, as rates that fade: how many instances their prompts and their decodes
+would keep busy, if each instance did nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import exp, inf
+
+FAST_S, SLOW_S = 5.0, 30.0
+"""Seconds after which a request counts a third in the fast and in the slow rate."""
+
+
+@dataclass(slots=True, eq=False)
+class Rate:
+    """Amounts per second, fading over ``window_s``."""
+
+    window_s: float
+    value: float = 0.0
+    at: float = 0.0
+
+    def add(self, amount: float, now: float) -> None:
+        """So much at once."""
+        self.value = self.now(now) + amount / self.window_s
+        self.at = now
+
+    def now(self, now: float) -> float:
+        """The rate at ``now``."""
+        return self.value * exp(-max(now - self.at, 0.0) / self.window_s)
+
+
+@dataclass(slots=True, eq=False)
+class Demand:
+    """One model's, counted from ``since`` on. ``paces`` says when a pace was last asked for."""
+
+    since: float
+    prefill_fast: Rate = field(default_factory=lambda: Rate(FAST_S))
+    prefill_slow: Rate = field(default_factory=lambda: Rate(SLOW_S))
+    decode_work: Rate = field(default_factory=lambda: Rate(SLOW_S))
+    c0: float = 0.0
+    paces: dict[float, float] = field(default_factory=dict)
+
+    def add(self, prefill_s: float, decode_s: float, c0: float, pace_s: float, now: float) -> None:
+        """A request whose prompt takes ``prefill_s`` seconds of an instance that computes nothing else, and whose
+        decodes add ``decode_s`` to iterations that cost ``c0`` besides, a token every ``pace_s``."""
+        self.prefill_fast.add(prefill_s, now)
+        self.prefill_slow.add(prefill_s, now)
+        self.decode_work.add(decode_s, now)
+        self.c0 = c0
+        self.paces[pace_s] = now
+
+    def prefill(self, now: float) -> float:
+        """Instances that the prompts keep busy: the larger of two rates, so that bursts count at once and are not
+        forgotten at once."""
+        return max(self._full(self.prefill_fast, now), self._full(self.prefill_slow, now))
+
+    def decode(self, now: float) -> float:
+        """Instances that the decodes keep busy, all at the tightest pace: they share instances. The slow rate, since
+        decodes come over as long as the answers take."""
+        return self._full(self.decode_work, now) / max(1.0 - self.c0 / self.tightest_s(now), 0.1)
+
+    def tightest_s(self, now: float) -> float:
+        """The tightest pace of the last SLOW_S; inf when there is none."""
+        if any(now - at > SLOW_S for at in self.paces.values()):
+            self.paces = {pace_s: at for pace_s, at in self.paces.items() if now - at <= SLOW_S}
+        return min(self.paces, default=inf)
+
+    def _full(self, rate: Rate, now: float) -> float:
+        """A window that is younger than its length has seen a part of what it will."""
+        seen = 1.0 - exp(-max(now - self.since, 1.0) / rate.window_s)
+        return rate.now(now) / seen
