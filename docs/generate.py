@@ -10,8 +10,9 @@ from typing import TypeVar
 
 from hyperflexis.core.instance import INSTANCE_TRANSITIONS
 from hyperflexis.core.request import REQUEST_TRANSITIONS
+from hyperflexis.core.transfer import SOURCE_TRANSITIONS, TARGET_TRANSITIONS
 
-ARCHITECTURE = Path(__file__).parent / "architecture.md"
+DOCS = Path(__file__).parent
 S = TypeVar("S", bound=StrEnum)
 
 
@@ -35,22 +36,31 @@ def replaced(text: str, name: str, content: str) -> str:
     return f"{before}{start}\n{content}\n{end}{after}"
 
 
-def architecture(text: str) -> str:
-    """The architecture page with its diagrams brought up to date."""
-    text = replaced(text, "request", state_diagram(REQUEST_TRANSITIONS))
-    return replaced(text, "instance", state_diagram(INSTANCE_TRANSITIONS))
+PAGES = {
+    DOCS / "architecture.md": {
+        "request": state_diagram(REQUEST_TRANSITIONS),
+        "instance": state_diagram(INSTANCE_TRANSITIONS),
+    },
+    DOCS / "handoff.md": {
+        "source": state_diagram(SOURCE_TRANSITIONS),
+        "target": state_diagram(TARGET_TRANSITIONS),
+    },
+}
 
 
 def main() -> int:
-    """Write, or with ``--check`` say whether a page is out of date."""
-    old = ARCHITECTURE.read_text()
-    new = architecture(old)
-    if "--check" in sys.argv:
-        if old != new:
-            print(f"{ARCHITECTURE} is out of date: run python docs/generate.py")
-        return int(old != new)
-    ARCHITECTURE.write_text(new)
-    return 0
+    """Write, or with ``--check`` say which pages are out of date."""
+    outdated = 0
+    for page, sections in PAGES.items():
+        old = new = page.read_text()
+        for name, content in sections.items():
+            new = replaced(new, name, content)
+        if "--check" not in sys.argv:
+            page.write_text(new)
+        elif old != new:
+            print(f"{page} is out of date: run python docs/generate.py")
+            outdated = 1
+    return outdated
 
 
 if __name__ == "__main__":

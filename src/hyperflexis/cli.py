@@ -81,6 +81,11 @@ def _instance_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         help="unix:PATH or HOST:PORT for gateways (default: %(default)s)",
     )
+    add(
+        "--kv-listen",
+        metavar="ADDRESS",
+        help="unix:PATH or HOST:PORT for other instances that go on with a request's KV (default: none)",
+    )
     add("--controller", metavar="ADDRESS", help="unix:PATH or HOST:PORT of the fleet's controller (default: none)")
     add(
         "--step",

@@ -21,18 +21,19 @@ from .policy.catalog import STEPS, StepFunctions
 
 async def run(args: argparse.Namespace) -> None:
     """Host the engine that the arguments describe until SIGTERM. Raises HyperFlexisError for what does not fit."""
-    engine = build(args)
-    await run_instance(engine, InstanceIdentity(args.id, args.epoch), args.listen, args.controller)
+    identity = InstanceIdentity(args.id, args.epoch)
+    engine = build(args, identity.token)
+    await run_instance(engine, identity, args.listen, args.controller)
 
 
-def build(args: argparse.Namespace) -> base.Engine:
-    """The engine, not yet started."""
+def build(args: argparse.Namespace, token: str) -> base.Engine:
+    """The engine, not yet started. It gives KV to those that know the fleet's ``token``."""
     step = STEPS[args.step]
     match _options(args):
         case TorchArgs() as options:
-            return _torch(args, options, step)
+            return _torch(args, options, step, token)
         case EmulatedArgs() as options:
-            return _emulated(args, options, step)
+            return _emulated(args, options, step, token)
         case OpenAIArgs() as options:
             return _openai(args, options)
         case options:
@@ -55,7 +56,7 @@ def _options(args: argparse.Namespace) -> Section:
         raise HyperFlexisError(f"--{flag} {first['input']}: {first['msg']}") from error
 
 
-def _torch(args: argparse.Namespace, options: TorchArgs, step: StepFunctions) -> base.Engine:
+def _torch(args: argparse.Namespace, options: TorchArgs, step: StepFunctions, token: str) -> base.Engine:
     if args.model is None:
         raise HyperFlexisError("engine torch needs --model DIR; make one with: hyperflexis make-model DIR --size 20m")
     try:
@@ -64,10 +65,13 @@ def _torch(args: argparse.Namespace, options: TorchArgs, step: StepFunctions) ->
         raise HyperFlexisError(f"engine torch needs {error.name}: pip install 'hyperflexis[torch]'") from error
     directory: Path = args.model
     name = args.name or directory.resolve().name
-    return TorchEngine(TorchConfig(model=name, directory=directory, step=step, **options.model_dump()))
+    values = options.model_dump()
+    return TorchEngine(
+        TorchConfig(model=name, directory=directory, step=step, kv_listen=args.kv_listen, kv_token=token, **values)
+    )
 
 
-def _emulated(args: argparse.Namespace, options: EmulatedArgs, step: StepFunctions) -> base.Engine:
+def _emulated(args: argparse.Namespace, options: EmulatedArgs, step: StepFunctions, token: str) -> base.Engine:
     from .engines.emulated import EmulatedConfig, EmulatedEngine, Faults
 
     if args.profile is None:
@@ -76,13 +80,23 @@ def _emulated(args: argparse.Namespace, options: EmulatedArgs, step: StepFunctio
     values = options.model_dump()
     faults = Faults(**{fault.name: values.pop(fault.name) for fault in fields(Faults)})
     return EmulatedEngine(
-        EmulatedConfig(model=args.name or profile.model, profile=profile, step=step, faults=faults, **values)
+        EmulatedConfig(
+            model=args.name or profile.model,
+            profile=profile,
+            step=step,
+            faults=faults,
+            kv_listen=args.kv_listen,
+            kv_token=token,
+            **values,
+        )
     )
 
 
 def _openai(args: argparse.Namespace, options: OpenAIArgs) -> base.Engine:
     from .engines.openai import OpenAIConfig, OpenAIEngine
 
+    if args.kv_listen is not None:
+        raise HyperFlexisError("--kv-listen is for the engines that have KV to give: torch and emulated")
     if args.url is None or args.name is None:
         raise HyperFlexisError("engine openai needs --url URL of a running server and --name MODEL")
     profile = None if args.profile is None else load_profile(args.profile)

@@ -1,6 +1,7 @@
 """The table of all metrics: names, labels and meaning. Text format of Prometheus.
 
-A token touches none of them: per-request figures are taken at a request's end, levels are read when asked for.
+A token touches none of them: a request's figures are taken when it is handed over and at its end, levels are read when
+asked for.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0)
 _TPOT_BUCKETS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+_GAP_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0)
 _E2E_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0, 600.0)
 _BY_CLASS = ("model", "slo_class")
 
@@ -42,6 +44,8 @@ class _Finished:
 
     requests: Counter
     attained: Counter
+    first_attained: Counter
+    pace_attained: Counter
     prompt_tokens: Counter
     output_tokens: Counter
     ttft: Histogram
@@ -67,6 +71,10 @@ class GatewayMetrics:
             (*_BY_CLASS, "outcome"),
         )
         self._attained = counter("slo_attained", "Finished requests of which every SLO held", _BY_CLASS)
+        self._first_attained = counter(
+            "slo_ttft_attained", "Finished requests whose first token came in time", _BY_CLASS
+        )
+        self._pace_attained = counter("slo_tpot_attained", "Finished requests that kept their pace", _BY_CLASS)
         self._ttft = histogram(
             "time_to_first_token_seconds", "Arrival at the gateway to the first token", _TTFT_BUCKETS
         )
@@ -77,6 +85,14 @@ class GatewayMetrics:
         self._errors = counter("http_errors", "Requests answered with an error, by status and code", ("status", "code"))
         self._redispatched = counter(
             "redispatched", "Requests asked for again because their instance failed", ("model",)
+        )
+        self._handoffs = counter(
+            "handoffs",
+            "Requests that were to go on at another instance, by outcome: handed, failed",
+            ("model", "outcome"),
+        )
+        self._handoff_gap = histogram(
+            "handoff_gap_seconds", "Last token before a handoff to the first one after it", _GAP_BUCKETS
         )
         self._finished: dict[tuple[str, str], _Finished] = {}
         self._registry.register(_LevelsCollector(read_levels))
@@ -107,14 +123,21 @@ class GatewayMetrics:
             found.ttft.observe(ttft_s)
             if output_tokens > 1:
                 found.tpot.observe((e2e_s - ttft_s) / (output_tokens - 1))
-        if slo.is_met(e2e_s if ttft_s is None else ttft_s, e2e_s, output_tokens):
+        first_s = e2e_s if ttft_s is None else ttft_s
+        if slo.is_met(first_s, e2e_s, output_tokens):
             found.attained.inc()
+        if slo.is_first_met(first_s):
+            found.first_attained.inc()
+        if slo.is_pace_met(first_s, e2e_s, output_tokens):
+            found.pace_attained.inc()
 
     def _labelled(self, model: str, slo_class: str) -> _Finished:
         by_class = (model, slo_class)
         return _Finished(
             self._requests.labels(model, slo_class, "finished"),
             self._attained.labels(*by_class),
+            self._first_attained.labels(*by_class),
+            self._pace_attained.labels(*by_class),
             self._prompt_tokens.labels(*by_class),
             self._output_tokens.labels(*by_class),
             self._ttft.labels(*by_class),
@@ -129,6 +152,16 @@ class GatewayMetrics:
     def redispatched(self, model: str) -> None:
         """A request is asked for again."""
         self._redispatched.labels(model).inc()
+
+    def handed_over(self, model: str, slo_class: str, gap_s: float | None) -> None:
+        """A request goes on at another instance, ``gap_s`` after its last token; None when it had none."""
+        self._handoffs.labels(model, "handed").inc()
+        if gap_s is not None:
+            self._handoff_gap.labels(model, slo_class).observe(gap_s)
+
+    def handoff_failed(self, model: str) -> None:
+        """A request did not go on at the instance that was to have it."""
+        self._handoffs.labels(model, "failed").inc()
 
     def render(self) -> bytes:
         """The text that ``/metrics`` answers."""

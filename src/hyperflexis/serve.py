@@ -21,6 +21,7 @@ from . import __version__, preflight, wire
 from .config import Fleet, Model, OpenAIArgs, Section, read_api_keys
 from .controller import ControllerConfig
 from .core.events import GatewayJoined
+from .core.links import Split
 from .core.slo import Slo, SloClass
 from .errors import ConfigError, HyperFlexisError
 from .gateway.config import GatewayConfig, Limits, Tenant
@@ -55,10 +56,22 @@ def controller_address(state_dir: Path) -> str:
 
 def server_config(fleet: Fleet, state_dir: Path, term: int) -> tuple[ServerConfig, ControllerConfig]:
     """What the controller's process is told."""
-    models = tuple(fleet.models)
-    instances = sum(model.num_instances for model in fleet.models.values())
-    server = ServerConfig(controller_address(state_dir), term, state_dir / "journal", fleet.digest(), instances)
-    return server, ControllerConfig(models, fleet.policy, fleet.observe, fleet.limits.max_backlog_s)
+    sizes = [model.num_instances for model in fleet.models.values()]
+    server = ServerConfig(controller_address(state_dir), term, state_dir / "journal", fleet.digest(), sum(sizes))
+    controller = ControllerConfig(
+        models=tuple(fleet.models),
+        policy=fleet.policy,
+        observe=fleet.observe,
+        max_backlog_s=fleet.limits.max_backlog_s,
+        split=_split(fleet, max(sizes)) if fleet.disaggregated else None,
+    )
+    return server, controller
+
+
+def _split(fleet: Fleet, instances: int) -> Split:
+    # Of the largest model: in a smaller one there are fewer left to decode.
+    decode = instances - fleet.prefill if fleet.static_roles and fleet.prefill else 0
+    return Split(fleet.prefill, decode, adapt=not fleet.static_roles)
 
 
 def gateway_config(fleet: Fleet, state_dir: Path, index: int) -> GatewayConfig:
@@ -137,7 +150,8 @@ def children(fleet: Fleet, state_dir: Path) -> list[Child]:
         for index in range(model.num_instances):
             id = instance_id(name, index)
             listen = f"unix:{sockets / f'instance-{len(found)}.sock'}"
-            command = _instance(model, index, id, name, listen, controller, policy)
+            kv_listen = f"unix:{sockets / f'kv-{len(found)}.sock'}" if fleet.disaggregated else None
+            command = _instance(model, index, id, name, listen, kv_listen, controller, policy)
             found.append(Child(id, "instance", command, model.env))
     for index in range(fleet.gateways):
         found.append(Child(f"gateway-{index}", "gateway", _gateway(state_dir, index), {}))
@@ -153,7 +167,14 @@ def _gateway(state_dir: Path, index: int) -> Callable[[int], Sequence[str]]:
 
 
 def _instance(
-    model: Model, index: int, id: str, name: str, listen: str, controller: str, policy: Policy
+    model: Model,
+    index: int,
+    id: str,
+    name: str,
+    listen: str,
+    kv_listen: str | None,
+    controller: str,
+    policy: Policy,
 ) -> Callable[[int], Sequence[str]]:
     step, engine_args = policy.step, model.engine_args()
     if policy.chunk is not None:
@@ -163,6 +184,8 @@ def _instance(
         options += ["--model", model.path]
     if model.profile is not None:
         options += ["--profile", model.profile]
+    if kv_listen is not None:
+        options += ["--kv-listen", kv_listen]
     if model.endpoints is None:
         return lambda epoch: instance_command(id, epoch, name, model.engine, listen, controller, step, options)
     if model.api_key_env is not None:
@@ -202,7 +225,10 @@ class Terminal:
         print(f"HyperFlexis {__version__}, policy {self._fleet.policy}{mode}", flush=True)
         for name, model in self._fleet.models.items():
             where = model.endpoints or [model.path or model.profile or ""]
-            print(f"  {model.num_instances} x {name} ({model.engine}: {', '.join(where)})", flush=True)
+            roles = ", disaggregated" if model.mode == "disaggregated" else ""
+            if model.prefill is not None:
+                roles += f", {model.prefill} for prompts"
+            print(f"  {model.num_instances} x {name} ({model.engine}: {', '.join(where)}){roles}", flush=True)
         print(f"  logs, state and journal: {self._state_dir}", flush=True)
 
     def changed(self, message: wire.Fleet | GatewayJoined) -> None:

@@ -10,14 +10,15 @@ import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from hyperflexis import wire
-from hyperflexis.core.effects import Decision, Dispatch, Reject
-from hyperflexis.core.events import GatewayJoined, RequestArrived, RequestFinished
+from hyperflexis.core.effects import Decision, Dispatch, Handoff, Reject
+from hyperflexis.core.events import GatewayJoined, HandoffFailed, RequestArrived, RequestFinished
 from hyperflexis.core.slo import Slo, SloClass
 from hyperflexis.gateway.app import Gateway
 from hyperflexis.gateway.config import GatewayConfig, Limits
@@ -103,17 +104,20 @@ class Instance:
 
 
 class Fleet:
-    """Controller and instances. ``to`` names the instance that requests go to; "" leaves them undecided."""
+    """Controller and instances. ``to`` names the instance that requests go to; "" leaves them undecided. Those that
+    are dispatched while it ``hands_over`` are to ask where they go on."""
 
     def __init__(self, dir: Path, instances: int, returns_token_ids: bool, context_length: int) -> None:
         self.address = f"unix:{dir}/c"
         self.instances = {f"i{n}": Instance(self, f"i{n}", f"unix:{dir}/i{n}") for n in range(instances)}
         self.to = "i0"
         self.to_when_avoided = "i1"
+        self.hands_over = False
         self.reject: Reject | None = None
         self.term = 1
         self.asked: asyncio.Queue[RequestArrived] = asyncio.Queue()
         self.ended: asyncio.Queue[RequestFinished] = asyncio.Queue()
+        self.not_handed_over: asyncio.Queue[HandoffFailed] = asyncio.Queue()
         self.joined: asyncio.Queue[GatewayJoined] = asyncio.Queue()
         self.streams: asyncio.Queue[Stream] = asyncio.Queue()
         self.cancels: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
@@ -148,7 +152,14 @@ class Fleet:
 
     def dispatch(self, request_id: str, instance: str) -> None:
         address = self.instances[instance].address
-        self.send(Dispatch(request_id, "g", instance, 7, address, 2.0, 40.0, DECISION))
+        self.send(Dispatch(request_id, "g", instance, 7, address, 2.0, 40.0, DECISION, self.hands_over))
+
+    def hand_over(
+        self, request_id: str, source: str, instance: str, source_epoch: int = 7, address: str | None = None
+    ) -> None:
+        where = address or self.instances[instance].address
+        kv, decision = f"unix:kv-{source}", replace(DECISION, note="handed over")
+        self.send(Handoff(request_id, "g", source, source_epoch, kv, instance, 8, where, 3.0, 30.0, decision))
 
     def link_made(self, link: wire.Link, hello: wire.Hello) -> None:
         self._link = link
@@ -161,6 +172,8 @@ class Fleet:
             case GatewayJoined():
                 link.send(wire.Fleet(self.models, []))
                 self.joined.put_nowait(message)
+            case HandoffFailed():
+                self.not_handed_over.put_nowait(message)
             case RequestFinished():
                 self.ended.put_nowait(message)
             case RequestArrived(request=request):

@@ -12,8 +12,16 @@ from tests.unit.runtime.support import arrival, info, join, report
 from hyperflexis import wire
 from hyperflexis.controller import Controller, ControllerConfig
 from hyperflexis.core.effects import Dispatch, Reject
-from hyperflexis.core.events import GatewayJoined, InstanceJoined, InstanceReported, RequestFinished
+from hyperflexis.core.events import (
+    GatewayJoined,
+    HandoffFailed,
+    InstanceJoined,
+    InstanceReported,
+    PrefillEnding,
+    RequestFinished,
+)
 from hyperflexis.core.instance import RequestProgress
+from hyperflexis.core.links import Split
 from hyperflexis.runtime.journal import Journal, segments
 from hyperflexis.runtime.server import Server, ServerConfig
 
@@ -23,6 +31,8 @@ CONFIGS = {
     "round_robin": ControllerConfig(("tiny",), "round_robin"),
     "least_loaded": ControllerConfig(("tiny",), "least_loaded"),
     "observe": ControllerConfig(("tiny",), "hyperflexis", observe=True),
+    "disaggregated": ControllerConfig(("tiny",), "hyperflexis", split=Split(prefill=1, decode=2)),
+    "convertible": ControllerConfig(("tiny",), "hyperflexis", split=Split()),
 }
 
 
@@ -37,7 +47,7 @@ async def play(address: str, server: Server, flush_every: int) -> None:
     instances = {}
     for name in ("a", "b", "c"):
         link, _ = await join(address, "instance", name)
-        link.send(InstanceJoined(info(name)))
+        link.send(InstanceJoined(info(name, kv_address=f"unix:/kv-{name}")))
         instances[name] = link
     for _, heard in gateways.values():
         await heard.get(wire.Fleet, lambda fleet: fleet.models and len(fleet.models["tiny"].ready) == 3)
@@ -50,6 +60,10 @@ async def play(address: str, server: Server, flush_every: int) -> None:
         answer = await heard.get(Dispatch | Reject, lambda m, number=number: m.request_id == f"r{number}")
         if isinstance(answer, Dispatch):
             running.append(answer)
+            if answer.hands_over:
+                instances[answer.instance].send(PrefillEnding(f"r{number}", answer.instance, answer.epoch, 0.01))
+                if number % 5 == 4:
+                    link.send(HandoffFailed(f"r{number}", answer.instance, answer.epoch, "no room"))
         if number % 7 == 3:
             name = rng.choice(sorted(instances))
             here = [d for d in running if d.instance == name]
@@ -64,7 +78,7 @@ async def play(address: str, server: Server, flush_every: int) -> None:
             instances["c"].close()
             await heard.get(wire.Fleet, lambda fleet: "c" not in fleet.models["tiny"].ready)
             instances["c"], _ = await join(address, "instance", "c")
-            instances["c"].send(InstanceJoined(info("c", epoch=2)))
+            instances["c"].send(InstanceJoined(info("c", epoch=2, kv_address="unix:/kv-c")))
             await heard.get(wire.Fleet, lambda fleet: "c" in fleet.models["tiny"].ready)
         if number % flush_every == flush_every - 1:
             await server.journal.flush()
@@ -85,6 +99,8 @@ async def test_replay_of_a_live_journal_gives_the_same_effects(
     files = segments(tmp_path / "journal")
     assert (len(files) == 1) == (max_segment_bytes > 1_000_000)
     assert replay(tmp_path / "journal") > NUM_REQUESTS * 1.5
+    handed_over = any(b'"type":"Handoff"' in file.read_bytes() for file in files)
+    assert handed_over == (CONFIGS[name].split is not None)
     for file in files[1::3]:
         replay(file)  # from a snapshot in the middle
 

@@ -97,7 +97,40 @@ REFUSED = {
         MODEL.replace("}", ", instances: {standby: 1}}"),
         ["models.tiny.instances", "not built yet"],
     ),
-    "not built: disaggregated": (MODEL.replace("}", ", mode: disaggregated}"), ["models.tiny.mode", "not built yet"]),
+    "disaggregated on one instance": (
+        MODEL.replace("}", ", mode: disaggregated}"),
+        ["fleet.yaml:1: models.tiny: mode disaggregated", "set instances.min to 2 or more"],
+    ),
+    "disaggregated servers": (
+        ENDPOINTS.replace("]}", "], mode: disaggregated}"),
+        ["fleet.yaml:1: models.a: mode disaggregated", "engine openai", "use colocated or observe"],
+    ),
+    "none left to decode": (
+        MODEL.replace("}", ", mode: disaggregated, instances: {min: 3}, prefill: 3}"),
+        ["fleet.yaml:1: models.tiny: prefill is 3 of 3 instances", "set it to 2 at most"],
+    ),
+    "prefill of a colocated model": (
+        MODEL.replace("}", ", instances: {min: 2}, prefill: 1}"),
+        ["fleet.yaml:1: models.tiny: prefill", "mode disaggregated, not colocated", "remove it"],
+    ),
+    "roles of a colocated model": (
+        MODEL.replace("}", ", roles: static}"),
+        ["fleet.yaml:1: models.tiny: roles", "mode disaggregated, not colocated", "remove it"],
+    ),
+    "no prefill at all": (
+        MODEL.replace("}", ", mode: disaggregated, instances: {min: 2},\n prefill: 0}"),
+        ["fleet.yaml:2: models.tiny.prefill"],
+    ),
+    "some disaggregated": (
+        "models:\n  a: {engine: emulated, profile: h100-llama-3.1-8b}\n"
+        "  b: {engine: emulated, profile: h100-llama-3.1-8b, mode: disaggregated, instances: {min: 2}}\n",
+        ["some models are disaggregated and some are not", "a fleet of their own"],
+    ),
+    "prefill that differs": (
+        "models:\n  a: {engine: emulated, profile: h100-llama-3.1-8b, mode: disaggregated, instances: {min: 3}}\n"
+        "  b: {engine: emulated, profile: h100-llama-3.1-8b, mode: disaggregated, instances: {min: 3}, prefill: 1}\n",
+        ["prefill differs between models"],
+    ),
     "not built: weights": (MODEL + "weights: {}\n", ["fleet.yaml:2: weights", "not built yet"]),
     "not built: ray": (MODEL + "launcher: {kind: ray}\n", ["fleet.yaml:2: launcher.kind", "not built yet"]),
     "not built: prices": (
@@ -142,6 +175,15 @@ def test_defaults_and_paths_relative_to_the_file(tmp_path: Path) -> None:
     assert [c.name for c in fleet.classes] == ["interactive", "batch"]
     assert fleet.tiers["flex"] == "batch"
     assert not fleet.observe
+
+
+def test_a_fleet_says_whether_it_hands_over(tmp_path: Path) -> None:
+    fleet = read(tmp_path, MODEL)
+    assert (fleet.disaggregated, fleet.prefill) == (False, 0)
+    fleet = read(tmp_path, MODEL.replace("}", ", mode: disaggregated, instances: {min: 2}}"))
+    assert (fleet.disaggregated, fleet.prefill, fleet.static_roles, fleet.observe) == (True, 0, False, False)
+    fleet = read(tmp_path, MODEL.replace("}", ", mode: disaggregated, instances: {min: 2}, prefill: 1}"))
+    assert (fleet.disaggregated, fleet.prefill) == (True, 1)
 
 
 def test_short_and_long_form_are_the_same(tmp_path: Path) -> None:

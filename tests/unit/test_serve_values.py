@@ -8,6 +8,7 @@ import pytest
 
 from hyperflexis import serve
 from hyperflexis.config import Fleet, read_fleet
+from hyperflexis.core.links import Split
 from hyperflexis.core.slo import Slo, SloClass
 from hyperflexis.errors import ConfigError
 
@@ -99,3 +100,19 @@ def test_the_tokens_that_a_policy_allows_reach_the_instances(tmp_path: Path) -> 
     assert "--step edf" in command
     assert "--max-batch-tokens=512" in command and "4096" not in command
     assert serve.server_config(fleet, tmp_path, 1)[1].policy == "reject_at_door@512,1.2"
+
+
+def test_a_disaggregated_fleet_hands_over(fleet: Fleet, tmp_path: Path) -> None:
+    colocated = serve.server_config(fleet, tmp_path, 1)[1]
+    assert colocated.split is None
+    assert not [arg for child in serve.children(fleet, tmp_path) for arg in child.command(1) if arg == "--kv-listen"]
+    (tmp_path / "apart.yaml").write_text(
+        "model: {name: a, engine: emulated, profile: h100-llama-3.1-8b, mode: disaggregated,\n"
+        "  instances: {min: 3}, prefill: 2, roles: static}\n"
+    )
+    apart = read_fleet(tmp_path / "apart.yaml")
+    controller = serve.server_config(apart, tmp_path, 1)[1]
+    assert controller.split == Split(prefill=2, decode=1, adapt=False)
+    commands = [child.command(1) for child in serve.children(apart, tmp_path) if child.role == "instance"]
+    addresses = [command[command.index(flag) + 1] for command in commands for flag in ("--listen", "--kv-listen")]
+    assert len(set(addresses)) == 6 and all(address.startswith("unix:") for address in addresses)

@@ -143,21 +143,20 @@ class Model(Section):
     profile: str | None = None
     """A latency profile: a name of those shipped, or a JSON file. Needed by `emulated`."""
     mode: Literal["colocated", "observe", "disaggregated"] = "colocated"
-    """`observe` sends requests round robin and journals what the policy would have done; all models must agree.
-    `disaggregated` is not built yet."""
+    """`disaggregated` computes prompts on some instances and hands their requests, with the KV, to others to decode.
+    `observe` sends requests round robin and journals what the policy would have done. All models must agree."""
     instances: Instances = Instances()
     """How many instances; with endpoints, one for each of them."""
+    prefill: Count | None = None
+    """With `mode: disaggregated`: how many of the instances begin with prompts alone. The same for all models. The
+    others do both."""
+    roles: Literal["adaptive", "static"] | None = None
+    """With `mode: disaggregated`: `adaptive`, the default, turns instances to prompts alone and back as the load asks
+    for it; `static` keeps what they begin as, and instances that are not counted by `prefill` decode alone."""
     endpoints: Annotated[list[str], Field(min_length=1, max_length=1024)] | None = None
     """Base URLs of OpenAI-compatible servers, without `/v1`; for `engine: openai`, which needs them."""
     api_key_env: str | None = None
     """The environment variable with the key that these servers want."""
-
-    @field_validator("mode")
-    @classmethod
-    def _mode_is_built(cls, mode: str) -> str:
-        if mode == "disaggregated":
-            raise ValueError("is not built yet: use colocated or observe")
-        return mode
 
     @field_validator("endpoints")
     @classmethod
@@ -187,6 +186,24 @@ class Model(Section):
             raise ValueError("engine torch needs path, a model directory: make one with `hyperflexis make-model DIR`")
         if self.engine == "emulated" and self.profile is None:
             raise ValueError("engine emulated needs profile: name a shipped one, or a JSON file")
+        return self
+
+    @model_validator(mode="after")
+    def _can_hand_over(self) -> Self:
+        if self.mode != "disaggregated":
+            for key in ("prefill", "roles"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key} is for mode disaggregated, not {self.mode}: remove it, or set that mode")
+            return self
+        if self.engine == "openai":
+            raise ValueError("mode disaggregated: servers of engine openai give no KV away: use colocated or observe")
+        if self.num_instances < 2:
+            raise ValueError("mode disaggregated needs two instances: set instances.min to 2 or more")
+        if self.prefill is not None and self.prefill >= self.num_instances:
+            raise ValueError(
+                f"prefill is {self.prefill} of {self.num_instances} instances, which leaves none to decode: "
+                f"set it to {self.num_instances - 1} at most, or raise instances.min"
+            )
         return self
 
     @property
@@ -367,8 +384,15 @@ class Fleet(Section):
                 raise ValueError(f"{where}: no class is named {name!r}; the classes are {', '.join(sorted(names))}")
         if self.tenants and self.api_keys_file is None:
             raise ValueError("tenants are told apart by their keys: set api_keys_file, or remove tenants")
-        if len({model.mode for model in self.models.values()}) > 1:
-            raise ValueError("some models observe and some do not: give these a fleet of their own")
+        for mode, found in (
+            ("observe", "observe and some do not"),
+            ("disaggregated", "are disaggregated and some are not"),
+        ):
+            if len({model.mode == mode for model in self.models.values()}) > 1:
+                raise ValueError(f"some models {found}: give these a fleet of their own")
+        for key, what in (("prefill", "number"), ("roles", "word")):
+            if len({getattr(model, key) for model in self.models.values()}) > 1:
+                raise ValueError(f"{key} differs between models: give each the same {what}, or a fleet of its own")
         if self.launcher is not None:
             for name, model in self.models.items():
                 if (self.launcher.kind == "static") != (model.engine == "openai"):
@@ -385,6 +409,21 @@ class Fleet(Section):
     def observe(self) -> bool:
         """Whether the policy's decisions are only noted."""
         return any(model.mode == "observe" for model in self.models.values())
+
+    @property
+    def disaggregated(self) -> bool:
+        """Whether requests are handed over from where their prompts are computed."""
+        return any(model.mode == "disaggregated" for model in self.models.values())
+
+    @property
+    def prefill(self) -> int:
+        """How many instances of each model begin with prompts alone."""
+        return next(iter(self.models.values())).prefill or 0
+
+    @property
+    def static_roles(self) -> bool:
+        """Whether instances keep the roles that they begin with."""
+        return next(iter(self.models.values())).roles == "static"
 
     @property
     def tiers(self) -> dict[str, str]:

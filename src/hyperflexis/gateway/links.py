@@ -14,8 +14,8 @@ from itertools import count
 from typing import Any, Protocol
 
 from .. import wire
-from ..core.effects import Dispatch, Evacuate, Reject
-from ..core.events import GatewayJoined, OpenRequest, RequestArrived, RequestFinished
+from ..core.effects import Dispatch, Evacuate, Handoff, Reject
+from ..core.events import GatewayJoined, HandoffFailed, OpenRequest, RequestArrived, RequestFinished
 from ..openai_api import ApiError
 
 CONNECT_TIMEOUT_S = 5.0
@@ -41,6 +41,9 @@ class Asker(Protocol):
 
     def dispatched(self, dispatch: Dispatch) -> None:
         """The answer: go there."""
+
+    def hand_over(self, handoff: Handoff) -> None:
+        """It is to go on elsewhere, with the KV that it has."""
 
     def rejected(self, reject: Reject) -> None:
         """The answer: no."""
@@ -110,6 +113,11 @@ class ControllerLink:
         if self._link is not None:
             self._link.send(event)
 
+    def handoff_failed(self, event: HandoffFailed) -> None:
+        """A request was not handed over. Not repeated to a controller that is away: it is told where each one is."""
+        if self._link is not None:
+            self._link.send(event)
+
     # wire.Peer
 
     def link_made(self, link: wire.Link, hello: wire.Hello) -> None:
@@ -139,6 +147,10 @@ class ControllerLink:
             if entry is not None:
                 self._dispatched[message.request_id] = entry[0]
                 entry[0].dispatched(message)
+        elif isinstance(message, Handoff):
+            asker = self._dispatched.get(message.request_id)
+            if asker is not None:  # else it has ended, or is to be placed anew
+                asker.hand_over(message)
         elif isinstance(message, Reject):
             entry = self._undecided.pop(message.request_id, None)
             if entry is not None:
@@ -170,7 +182,7 @@ class ControllerLink:
 class Reader(Protocol):
     """Who reads a stream of an instance; ``attempt`` is what it gave to ``open``."""
 
-    def generate(self, stream: int) -> wire.Generate:
+    def generate(self, attempt: int, stream: int) -> wire.Generate:
         """The order, with durations that count from now."""
 
     def tokens(
@@ -203,7 +215,7 @@ class InstanceLink:
         number = next(self._numbers)
         self._readers[number] = (reader, attempt)
         if self._link is not None:
-            self._link.send(reader.generate(number))
+            self._link.send(reader.generate(attempt, number))
         return number
 
     def cancel(self, number: int) -> None:
@@ -256,8 +268,8 @@ class InstanceLink:
             link.close(f"{self._address} is {hello.role} {hello.id}, not instance {self.instance}")
             return
         self._link = link
-        for number, (reader, _) in list(self._readers.items()):
-            link.send(reader.generate(number))
+        for number, (reader, attempt) in list(self._readers.items()):
+            link.send(reader.generate(attempt, number))
 
     def link_lost(self, link: wire.Link, reason: str) -> None:
         """All its streams end."""

@@ -4,6 +4,8 @@ A choice asks the controller, goes where it is sent, and hands text to its answe
 
 - When its instance is lost or gives it back, it goes on elsewhere from the tokens that it has (core/stream.py). Too
   many failures, or too long a wait for an instance, end the answer with one clear error.
+- When it is handed over, it has a stream at both instances until one of them is done with it. Should that be the one
+  that was to go on, it stays where it was, and the controller is told.
 - The head of an answer waits for the first token: up to then every failure still has its proper status.
 - The client's leaving, a stop string, or the failure of a sibling choice cancels it at the instance.
 """
@@ -21,17 +23,18 @@ import msgspec
 
 from .. import openai_api as api
 from ..core import events
-from ..core.effects import Decision, Dispatch, Reject
-from ..core.events import OpenRequest, RequestArrived, RequestFinished
+from ..core.effects import Decision, Dispatch, Handoff, Reject
+from ..core.events import HandoffFailed, OpenRequest, RequestArrived, RequestFinished
 from ..core.request import Request
-from ..core.stream import Repetition, Stream, continued, due
+from ..core.stream import Repetition, Sent, Stream, continued, due
 from ..errors import ProtocolError
 from ..metrics import GatewayMetrics, Outcome
-from ..wire import Finish, Generate, TokenLogprob, pack_ids
+from ..wire import Finish, Generate, KvSource, TokenLogprob, pack_ids
 from . import sse
 from .http import Exchange
 from .intake import Intake, Prompt
-from .links import ControllerLink, InstanceLink, InstanceLinks
+from .links import ControllerLink, InstanceLinks
+from .placements import Placement, Placements
 from .text import StopMatcher, Text
 
 _log = logging.getLogger(__name__)
@@ -226,11 +229,12 @@ class Choice:
             fail_fast=promise.fail_fast,
         )
         self._stream = Stream(prompt.max_tokens)
+        self._placements = Placements(answer.services.instances, self)
         self._avoid: str | None = None
-        self._link: InstanceLink | None = None
-        self._number = 0
         self._done = False
         self._first_at: float | None = None
+        self._last_at = 0.0
+        self._heard = 0  # the newest attempt that gave something new
         self._text_offset = 0
         self._detokenizer = None if intake.text is None else intake.text.detokenizer(prompt.tail)
         self._repetition = Repetition() if intake.text is None else None
@@ -250,11 +254,13 @@ class Choice:
 
     def open_request(self) -> OpenRequest | None:
         """See links.Asker."""
-        to = self.dispatch
-        if to is None:
+        at = self._placements.newest
+        if at is None:
             return None
-        sent, tokens = self._stream.sent(self._ttft_s()), self.num_tokens - self._stream.before
-        return OpenRequest(continued(self._request, sent), self._age_s(), to.instance, to.epoch, tokens, sent)
+        before = self._stream.first_of(at.attempt)
+        sent, order = self._sent(before), at.order
+        request = continued(self._request, sent)
+        return OpenRequest(request, self._age_s(), order.instance, order.epoch, self.num_tokens - before, sent)
 
     def wait_s(self) -> float | None:
         """See links.Asker."""
@@ -263,9 +269,19 @@ class Choice:
     def dispatched(self, dispatch: Dispatch) -> None:
         """See links.Asker."""
         self.dispatch = dispatch
-        attempt = self._stream.begin()
-        self._link = self._services.instances.link(dispatch.address, dispatch.instance)
-        self._number = self._link.open(self, attempt)
+        self._placements.open(self._stream.begin(), dispatch)
+
+    def hand_over(self, handoff: Handoff) -> None:
+        """See links.Asker."""
+        at = self._placements.newest
+        if at is None or (at.order.instance, at.order.epoch) != (handoff.source, handoff.source_epoch):
+            return  # it has moved on since, of which the controller hears
+        if self._repetition is not None:
+            self._stays_at(at, "its engine gives no token ids")
+        elif self._stream.is_handed_over:
+            self._stays_at(at, "it is still on its way there")
+        else:
+            self._placements.open(self._stream.hand_over(), handoff)
 
     def rejected(self, reject: Reject) -> None:
         """See links.Asker."""
@@ -283,14 +299,12 @@ class Choice:
 
     # Reader
 
-    def generate(self, stream: int) -> Generate:
+    def generate(self, attempt: int, stream: int) -> Generate:
         """See links.Reader."""
-        to = self.dispatch
-        assert to is not None
+        order, before = self._placements.order(attempt), self._stream.first_of(attempt)
         intake, slo, age_s = self._answer.intake, self._request.slo, self._age_s()
-        before = self._stream.before
-        expected = min(to.expected_output_tokens, float(self._prompt.max_tokens - before))
-        due_s, pace_s = due(slo, before + expected, self._stream.sent(self._ttft_s()))
+        expected = min(order.expected_output_tokens, float(self._prompt.max_tokens - before))
+        due_s, pace_s = due(slo, before + expected, self._sent(before))
         seed = intake.sampling.seed
         sampling = msgspec.structs.replace(
             intake.sampling,
@@ -298,71 +312,91 @@ class Choice:
             # Choices of one seeded request must differ from each other.
             seed=None if seed is None else seed + self.index % intake.n,
         )
+        hands_over, kv = False, None
+        match order:
+            case Dispatch():
+                hands_over = order.hands_over
+            case Handoff():
+                kv = KvSource(order.kv_address, order.source, order.source_epoch)
+            case _:
+                assert_never(order)
         return Generate(
             stream=stream,
             request_id=self.id,
-            epoch=to.epoch,
-            token_ids=self._prompt.token_ids + pack_ids(self._stream.tokens),
+            epoch=order.epoch,
+            # More may have come since from an instance that hands it over; the KV brings that along.
+            token_ids=self._prompt.token_ids + pack_ids(self._stream.tokens[:before]),
             sampling=sampling,
             first_due_s=None if due_s == inf else due_s - age_s,
             pace_s=None if pace_s == inf else pace_s,
             last_due_s=None if slo.e2e_s is None else slo.e2e_s - age_s,
-            value=to.value,
+            value=order.value,
             slo_class=self._request.slo_class,
             expected_output_tokens=expected,
             salt=self._request.tenant,
             kind=intake.kind,
             body=intake.body,
+            hands_over=hands_over,
+            kv=kv,
         )
 
     def tokens(
         self, attempt: int, now: float, token_ids: list[int], text: str | None, logprobs: list[TokenLogprob] | None
     ) -> None:
         """See links.Reader."""
-        if not self._stream.take(attempt, token_ids):
+        fresh = self._stream.take(attempt, token_ids)
+        if fresh is None:
             return
-        self.num_tokens += len(token_ids) or 1
         if self._detokenizer is not None:
-            piece = self._detokenizer.push(token_ids)
+            if not fresh:
+                return  # the other instance was faster
+            self.num_tokens += len(fresh)
+            piece = self._detokenizer.push(fresh)
+            if logprobs:
+                logprobs = logprobs[-len(fresh) :]
         else:
             assert self._repetition is not None
+            self.num_tokens += 1
             try:
                 piece = self._repetition.push(text or "")
             except ProtocolError as error:
                 message = f"the stream's instance was lost, and it cannot go on elsewhere: {error}"
                 self._answer.fail(api.ApiError(502, message, code="instance_lost"))
                 return
-        if self._first_at is None:
-            self._first_at = now
+        if attempt > self._heard:
+            self._heard_from(attempt, now)
+        self._last_at = now
         if self._stops is None:
             self._answer.piece(self, piece, logprobs)
             return
         piece, stopped = self._stops.push(piece)
         self._answer.piece(self, piece, logprobs)
         if stopped:
-            assert self._link is not None
-            self._link.cancel(self._number)
             self._finish("stop", "")
 
     def finish(self, attempt: int, finish: Finish) -> None:
         """See links.Reader."""
+        if not self._stream.is_live(attempt):
+            return
+        before = self._stream.first_of(attempt)
+        if attempt == 1 and finish.reason in ("stop", "length", "handed"):
+            self.cached_tokens = finish.cached_tokens
         match finish.reason:
             case "stop" | "length":
                 if self._repetition is not None and self._repetition.left:
                     self.instance_lost(attempt, "its new answer is shorter than what was sent")
                     return
-                if not self._stream.finish(attempt):
-                    return
-                self.num_tokens = self._stream.before + finish.num_output_tokens
-                if attempt == 1:
-                    self.cached_tokens = finish.cached_tokens
+                self.num_tokens = before + finish.num_output_tokens
                 if self._detokenizer is None:
                     self.num_prompt_tokens = finish.num_prompt_tokens
-                if self._first_at is None and finish.num_output_tokens:
-                    self._first_at = self._services.now()
+                if attempt > self._heard and self.num_tokens:
+                    self._heard_from(attempt, self._services.now())
+                self._stream.finish(attempt)
                 self._complete(finish.reason)
-            case "invalid" if not self._stream.before:
+            case "invalid" if not before and isinstance(self._placements.order(attempt), Dispatch):
                 self._answer.fail(api.ApiError(400, finish.message, code="invalid_request"))
+            case "handed":
+                self._lose(attempt, "handed over to an instance that was lost", failed=False)
             case "moved":
                 self.instance_lost(attempt, finish.message, failed=False)
             case _:  # error, refused; or cancelled, which we did not ask for, or we would not read it
@@ -370,20 +404,29 @@ class Choice:
 
     def instance_lost(self, attempt: int, reason: str, failed: bool = True) -> None:
         """See links.Reader."""
+        if self._stream.is_live(attempt):
+            self._avoid = self._placements.order(attempt).instance
+            self._lose(attempt, reason, failed)
+
+    def _lose(self, attempt: int, reason: str, failed: bool) -> None:
+        """A live attempt is over before the answer is."""
+        lost = self._placements.drop(attempt)
+        if isinstance(lost.order, Handoff) and attempt > self._heard:
+            self._services.metrics.handoff_failed(self._request.model)
         match self._stream.lose(attempt, failed):
             case None:
-                pass
+                other = self._placements.newest
+                assert other is not None
+                if other.attempt < attempt:
+                    self._stays_at(other, reason)
             case "complete":
                 self._complete("length")
             case "exhausted":
                 message = f"{self._stream.failures} instances failed this request; the last: {reason}"
                 self._answer.fail(api.ApiError(503, message, code="attempts_exhausted", retry_after_s=1.0))
             case "resume":
-                assert self.dispatch is not None
-                self._link = None
                 _log.info("request %s goes on elsewhere after %d tokens: %s", self.id, self.num_tokens, reason)
                 self._services.metrics.redispatched(self._request.model)
-                self._avoid = self.dispatch.instance
                 self.dispatch = None
                 if self._repetition is not None:
                     self._repetition.again()
@@ -392,13 +435,24 @@ class Choice:
             case loss:
                 assert_never(loss)
 
+    def _stays_at(self, at: Placement, reason: str) -> None:
+        """It is not handed over."""
+        self._services.controller.handoff_failed(HandoffFailed(self.id, at.order.instance, at.order.epoch, reason))
+
+    def _heard_from(self, attempt: int, now: float) -> None:
+        """An attempt's first tokens that are new, or its end."""
+        self._heard = attempt
+        if isinstance(self._placements.order(attempt), Handoff):
+            gap_s = None if self._first_at is None else now - self._last_at
+            self._services.metrics.handed_over(self._request.model, self._request.slo_class, gap_s)
+        if self._first_at is None:
+            self._first_at = now
+
     # ends
 
     def abandon(self, outcome: events.Outcome, detail: str) -> None:
         """The answer is over for another reason. Does nothing when this choice is over already."""
-        if self._link is not None and not self._done:
-            self._link.cancel(self._number)
-            self._link = None
+        self._placements.cancel()
         self._stream.stop()
         self._end(outcome, detail)
 
@@ -415,7 +469,7 @@ class Choice:
 
     def _finish(self, reason: str, rest: str) -> None:
         self.finish_reason = reason
-        self._link = None
+        self._placements.cancel()
         self._stream.stop()
         # The last bytes leave before anything is told of them.
         self._answer.choice_done(self, rest)
@@ -442,6 +496,14 @@ class Choice:
             services.controller.finished(
                 RequestFinished(self.id, outcome, self.num_tokens, ttft_s, e2e_s, self.cached_tokens, detail)
             )
+
+    def _sent(self, num_tokens: int) -> Sent | None:
+        """What the client had when it had that many tokens; None for nothing."""
+        if not num_tokens:
+            return None
+        ttft_s = self._ttft_s()
+        assert ttft_s is not None
+        return Sent(num_tokens, ttft_s)
 
     def _ttft_s(self) -> float | None:
         return None if self._first_at is None else self._first_at - self._answer.arrived_at

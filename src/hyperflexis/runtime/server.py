@@ -17,16 +17,18 @@ import msgspec
 
 from .. import __version__, wire
 from ..controller import Controller
-from ..core.effects import Dispatch, Drain, Effect, Evacuate, Reject, Suspect
+from ..core.effects import Dispatch, Drain, Effect, Evacuate, Handoff, Reject, SetRole, Suspect
 from ..core.events import (
     DrainAsked,
     Event,
     GatewayJoined,
     GatewayLeft,
+    HandoffFailed,
     InstanceDraining,
     InstanceJoined,
     InstanceLeft,
     InstanceReported,
+    PrefillEnding,
     RequestArrived,
     RequestFinished,
     Tick,
@@ -139,12 +141,14 @@ class Server:
                     observer.send(GatewayJoined(gateway))
             case RequestArrived(gateway=gateway) if self._gateways.get(gateway) is link:
                 self._handle(message)
-            case RequestFinished() if self._gateways.get(sender) is link:
+            case RequestFinished() | HandoffFailed() if self._gateways.get(sender) is link:
                 self._handle(message)
             case InstanceJoined(info=info) if info.id == sender:
                 self._instance_joined(link, message)
             case InstanceReported(report=report) if self._is_current(link, report.id, report.epoch):
                 self._instances[sender].report = report
+                self._handle(message)
+            case PrefillEnding(instance=id, epoch=epoch) if id == sender and self._is_current(link, id, epoch):
                 self._handle(message)
             case InstanceDraining(id=id, epoch=epoch) if id == sender and self._is_current(link, id, epoch):
                 self._instances[sender].notice = "it was told to end"
@@ -153,9 +157,7 @@ class Server:
             case DrainAsked() if link.remote.role == "operator":
                 self._handle(message)
                 self.broadcast()
-            case InstanceDraining():
-                pass
-            case InstanceReported():
+            case InstanceDraining() | InstanceReported() | PrefillEnding():
                 pass  # of an epoch that has been replaced
             case _:
                 link.close(f"{type(message).__name__} is not expected from {link.remote.role} {sender!r}")
@@ -213,7 +215,7 @@ class Server:
 
     def _run(self, effect: Effect) -> None:
         match effect:
-            case Dispatch() | Reject():
+            case Dispatch() | Handoff() | Reject():
                 # A gateway that is gone took its requests with it, and its leaving is an event of its own.
                 link = self._gateways.get(effect.gateway)
                 if link is not None:
@@ -227,6 +229,10 @@ class Server:
                 instance = self._instances[effect.instance]
                 instance.notice = "it is draining"
                 instance.link.send(effect)
+            case SetRole():
+                share, reason = effect.prefill_share, effect.reason
+                _log.info("instance %s takes a share of %.2g of the prompts: %s", effect.instance, share, reason)
+                self._instances[effect.instance].link.send(effect)
             case Evacuate():
                 for link in self._gateways.values():
                     link.send(effect)

@@ -48,8 +48,9 @@ async def join(address: str, role: str, id: str) -> tuple[wire.Link, Recorder]:
     return link, recorder
 
 
-def info(id: str, epoch: int = 1, model: str = "tiny") -> InstanceInfo:
-    return InstanceInfo(id, epoch, model, "cpu", f"unix:/{id}", "emulated", 4096, 65536, 32, 512, True, LATENCY)
+def info(id: str, epoch: int = 1, model: str = "tiny", kv_address: str = "") -> InstanceInfo:
+    sizes = (4096, 65536, 32, 512)
+    return InstanceInfo(id, epoch, model, "cpu", f"unix:/{id}", "emulated", *sizes, True, LATENCY, kv_address, 1000)
 
 
 def report(id: str, epoch: int = 1, iterations: int = 0, **changes: Any) -> InstanceReport:

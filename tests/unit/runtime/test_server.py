@@ -4,22 +4,27 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.unit.runtime.support import arrival, info, join, report
 
 from hyperflexis import wire
 from hyperflexis.controller import Controller, ControllerConfig
-from hyperflexis.core.effects import Dispatch, Reject
-from hyperflexis.core.events import GatewayJoined, InstanceJoined, InstanceReported
+from hyperflexis.core.effects import Dispatch, Handoff, Reject, SetRole
+from hyperflexis.core.events import GatewayJoined, HandoffFailed, InstanceJoined, InstanceReported, PrefillEnding
+from hyperflexis.core.links import Split
+from hyperflexis.runtime.journal import Entry, read_journal
 from hyperflexis.runtime.server import Server, ServerConfig
 
 
 @contextlib.asynccontextmanager
-async def listening(directory: Path, term: int, num_instances: int) -> AsyncIterator[tuple[str, Server]]:
+async def listening(
+    directory: Path, term: int, num_instances: int, **settings: Any
+) -> AsyncIterator[tuple[str, Server]]:
     where = f"unix:{directory}/c.sock"
     config = ServerConfig(where, term, directory / "journal", "digest", num_instances)
-    server = Server(config, Controller(ControllerConfig(("tiny",), "least_loaded")))
+    server = Server(config, Controller(ControllerConfig(("tiny",), "least_loaded", **settings)))
     listener = await wire.listen(where, lambda: server, server.hello)
     yield where, server
     listener.close()
@@ -99,6 +104,7 @@ async def test_reports_of_a_replaced_epoch_are_dropped(address: str) -> None:
     [
         ("gateway", GatewayJoined("somebody else")),
         ("gateway", arrival("r", gateway="not joined")),
+        ("gateway", HandoffFailed("r", "not joined", 1, "")),
         ("instance", InstanceJoined(info("somebody else"))),
         ("instance", wire.Cancel(1)),
     ],
@@ -165,3 +171,29 @@ async def test_recovery_ends_without_an_instance_that_does_not_come_back(tmp_pat
         assert heard.messages.empty()
         server.end_recovery()
         assert (await heard.get(Dispatch)).instance == "a"
+
+
+async def test_a_request_is_handed_over_by_order_of_the_controller(tmp_path: Path) -> None:
+    async with listening(tmp_path, term=1, num_instances=2, split=Split(prefill=1, decode=1)) as (address, _):
+        links, roles = {}, {}
+        for name in ("a", "b"):
+            links[name], heard = await join(address, "instance", name)
+            links[name].send(InstanceJoined(info(name, kv_address=f"unix:/kv-{name}")))
+            roles[name] = (await heard.get(SetRole)).prefill_share
+        assert roles == {"a": 1.0, "b": 0.0}
+        gateway, heard = await join(address, "gateway", "g")
+        gateway.send(GatewayJoined("g"))
+        gateway.send(arrival("r"))
+        dispatch = await heard.get(Dispatch)
+        assert (dispatch.instance, dispatch.hands_over) == ("a", True)
+        links["a"].send(PrefillEnding("r", "a", 0, 0.01))  # of an epoch that has been replaced
+        links["a"].send(PrefillEnding("r", "a", 1, 0.01))
+        order = await heard.get(Handoff)
+        assert (order.request_id, order.source, order.source_epoch, order.kv_address) == ("r", "a", 1, "unix:/kv-a")
+        assert (order.instance, order.epoch, order.address) == ("b", 1, "unix:/b")
+        gateway.send(HandoffFailed("r", "a", 1, "no room"))
+        gateway.send(arrival("s"))
+        await heard.get(Dispatch)
+    entries = [item for item in read_journal(tmp_path / "journal") if isinstance(item, Entry)]
+    told = [entry.event for entry in entries if isinstance(entry.event, PrefillEnding | HandoffFailed)]
+    assert told == [PrefillEnding("r", "a", 1, 0.01), HandoffFailed("r", "a", 1, "no room")]
