@@ -8,7 +8,7 @@
     InstanceLeft      -> nothing                     its gateways see their links break and ask where to go on
     GatewayJoined     -> nothing                     requests in flight are taken over (after a controller's restart)
     GatewayLeft       -> nothing                     its requests died with it
-    DrainAsked        -> Drain                       it gets nothing new; what is left goes on elsewhere, if it can
+    DrainAsked        -> Handoff, Drain              it gets nothing new; what is left goes on elsewhere, if it can
     InstanceDraining  -> nothing                     the same, where the instance itself was told
     PrefillEnding     -> Handoff                     disaggregated: where the request decodes, if not where it is
     HandoffFailed     -> nothing                     it goes on where it was
@@ -145,7 +145,7 @@ class Controller:
                 if instance is not None and instance.takes_work:
                     instance.move(InstanceState.DRAINING)
             case DrainAsked():
-                return self._drain(event)
+                return self._drain(event, now)
             case GatewayJoined():
                 self._gateway_left(event.gateway)
                 for open_request in event.open:
@@ -303,10 +303,13 @@ class Controller:
                     effects += self._migrate(instance, now)
         return effects
 
-    def _first_role(self, instance: TrackedInstance, now: float) -> list[Effect]:
-        """What an instance begins as."""
+    def _first_role(self, instance: TrackedInstance, known: float | None, now: float) -> list[Effect]:
+        """What an instance begins as: what it was before, or what is missing."""
         split = self.config.split
         if split is None:
+            return []
+        if known is not None:
+            instance.prefill_share, instance.role_at = known, now
             return []
         others = [
             one.prefill_share for one in self.cluster.by_model[instance.info.model].values() if one is not instance
@@ -409,14 +412,15 @@ class Controller:
         for tracked in self.cluster.requests.values():
             if tracked.instance == info.id and tracked.epoch == info.epoch:
                 instance.bind(tracked)
-        return [*self._first_role(instance, now), *self._place_waiting(info.model, now)]
+        roles = self._first_role(instance, event.prefill_share, now)
+        return [*roles, *self._place_waiting(info.model, now)]
 
     def _place_waiting(self, model: str, now: float) -> list[Effect]:
         ready = self._for_prompts(self.cluster.ready(model))
         waiting = [tracked for tracked in self.cluster.waiting.values() if tracked.request.model == model]
         return [self._dispatch(tracked, *self._choose(tracked, ready, now), now) for tracked in waiting if ready]
 
-    def _drain(self, event: DrainAsked) -> list[Effect]:
+    def _drain(self, event: DrainAsked, now: float) -> list[Effect]:
         instance = self.cluster.instances.get(event.instance)
         if instance is None:
             return []
@@ -424,9 +428,10 @@ class Controller:
             instance.move(InstanceState.DRAINING)
         elif not event.on and instance.state is InstanceState.DRAINING:
             instance.move(InstanceState.READY)
+        moves = self._migrate(instance, now) if event.on else []
         # What could go nowhere else runs to its end here.
         limit_s = event.limit_s if self.cluster.ready(instance.info.model) else None
-        return [Drain(instance.id, instance.info.epoch, limit_s, event.on)]
+        return [*moves, Drain(instance.id, instance.info.epoch, limit_s, event.on)]
 
     def _watch(self, now: float) -> list[Effect]:
         effects: list[Effect] = []

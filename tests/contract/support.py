@@ -14,10 +14,11 @@ from hyperflexis.core.profile import Domain, Profile
 from hyperflexis.engines.base import Emission, Engine, EngineInfo
 from hyperflexis.engines.emulated import EmulatedConfig, EmulatedEngine
 from hyperflexis.policy.catalog import STEPS
-from hyperflexis.wire import Generate, Sampling, TokenLogprob, pack_ids
+from hyperflexis.wire import Generate, KvSource, Sampling, TokenLogprob, pack_ids
 
 LIMIT_S = 30.0
 CONTEXT = 512
+FINISHES = ("stop", "length", "cancelled", "refused", "moved", "handed", "invalid", "error")
 
 
 @dataclass(slots=True)
@@ -53,6 +54,7 @@ class Driver:
         self.info: EngineInfo | None = None
         self.streams: dict[object, Stream] = {}
         self.stopped = False
+        self.ending: Callable[[str, float], None] = lambda request_id, left_s: None
         self._numbers = itertools.count(1)
 
     def sink(self, emissions: list[Emission]) -> None:
@@ -67,11 +69,21 @@ class Driver:
             stream.text += emission.text or ""
             stream.logprobs += emission.logprobs or []
             if emission.finish is not None:
-                assert emission.finish in ("stop", "length", "cancelled", "refused", "invalid", "error")
+                assert emission.finish in FINISHES
                 stream.end = emission
             stream.moved.set()
 
-    def send(self, prompt: list[int], max_tokens: int = 8, sampling: Sampling | None = None, body: str = "") -> object:
+    def send(
+        self,
+        prompt: list[int],
+        max_tokens: int = 8,
+        sampling: Sampling | None = None,
+        body: str = "",
+        request_id: str = "",
+        hands_over: bool = False,
+        kv: KvSource | None = None,
+        salt: str = "",
+    ) -> object:
         number = next(self._numbers)
         key = object()
         self.streams[key] = Stream()
@@ -79,11 +91,14 @@ class Driver:
         body = body or json.dumps({"prompt": " ".join(map(str, prompt)), "max_tokens": sampling.max_tokens})
         request = Generate(
             stream=number,
-            request_id=f"request-{number}",
+            request_id=request_id or f"request-{number}",
             epoch=1,
             token_ids=pack_ids(prompt),
             sampling=sampling,
             body=body.encode(),
+            hands_over=hands_over,
+            kv=kv,
+            salt=salt,
         )
         self.engine.generate(key, request)
         return key
@@ -100,9 +115,10 @@ class Driver:
 
 
 @asynccontextmanager
-async def driven(engine: Engine) -> AsyncIterator[Driver]:
+async def driven(engine: Engine, name: str = "") -> AsyncIterator[Driver]:
+    """A started engine; it is epoch 1 of instance ``name``."""
     driver = Driver(engine)
-    driver.info = await engine.start(driver.sink)
+    driver.info = await engine.start(driver.sink, lambda *ending: driver.ending(*ending), name, 1)
     try:
         yield driver
     finally:
@@ -131,5 +147,5 @@ def fast_profile(scale: float = 1.0) -> Profile:
 
 
 def emulated(step: str, **options: object) -> EmulatedEngine:
-    config = EmulatedConfig(model="m", profile=fast_profile(), step=STEPS[step], **options)  # type: ignore[arg-type]
-    return EmulatedEngine(config)
+    fields: dict[str, object] = {"model": "m", "profile": fast_profile(), "step": STEPS[step]}
+    return EmulatedEngine(EmulatedConfig(**(fields | options)))  # type: ignore[arg-type]

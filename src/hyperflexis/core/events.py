@@ -72,10 +72,12 @@ class GatewayLeft:
 
 @dataclass(frozen=True, slots=True)
 class InstanceJoined:
-    """An instance connected and is ready to serve, unless it is ``draining``."""
+    """An instance connected and is ready to serve, unless it is ``draining``. ``prefill_share`` is the role that it was
+    given before, by this controller or an earlier one; None: none yet."""
 
     info: InstanceInfo
     draining: bool = False
+    prefill_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

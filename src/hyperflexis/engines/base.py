@@ -18,7 +18,8 @@ from ..wire import Generate, TokenLogprob
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine is, known once it has started. Sizes in tokens; ``latency`` is the prior of the fit."""
+    """What an engine is, known once it has started. Sizes in tokens; ``latency`` is the prior of the fit. Other
+    instances get the KV of its requests at ``kv_address`` (empty: nowhere), ``kv_bytes_per_token`` for each token."""
 
     model: str
     engine: str
@@ -29,13 +30,15 @@ class EngineInfo:
     max_batch_tokens: int
     returns_token_ids: bool
     latency: Coefficients
+    kv_address: str = ""
+    kv_bytes_per_token: int = 0
 
 
 @dataclass(slots=True)
 class Emission:
     """What one stream produced in one iteration. ``key`` is what ``generate`` was given.
 
-    Exactly one emission of a stream has ``finish`` set (stop, length, cancelled, refused, invalid,
+    Exactly one emission of a stream has ``finish`` set (stop, length, cancelled, refused, moved, handed, invalid,
     error) and it is the last.
     The token that stopped a text (end of text, a stop token) is counted in ``num_output_tokens`` and not among
     ``token_ids``.
@@ -54,6 +57,9 @@ class Emission:
 
 Sink = Callable[[list[Emission]], None]
 """Receives all emissions of an iteration at once, on the event loop."""
+
+Ending = Callable[[str, float], None]
+"""Hears, on the event loop, of a request that is to be handed over: its id, and the seconds until its first token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +82,15 @@ class EngineReport:
 class Engine(Protocol):
     """One engine serving one copy of a model's weights."""
 
-    async def start(self, sink: Sink) -> EngineInfo:
-        """Load and warm up. Raises HyperFlexisError with a remedy when the model or the memory does not do."""
+    async def start(self, sink: Sink, ending: Ending | None = None, instance: str = "", epoch: int = 0) -> EngineInfo:
+        """Load and warm up. ``ending`` hears of each request with ``hands_over`` once, when the last chunk of its
+        prompt begins. The engine is ``epoch`` of ``instance`` to those that ask it for KV. Raises HyperFlexisError with
+        a remedy when the model or the memory does not do."""
 
     def generate(self, key: object, request: Generate) -> None:
         """Begin a stream; emissions with ``key`` follow. A request that cannot be served (too long for the context
         or the KV cache) is answered by one emission that finishes with ``invalid``, one that another instance may take
-        (this one drains or is full) with ``refused``."""
+        (this one drains or is full) with ``refused``, and so is one with ``kv`` that cannot be had from there."""
 
     def cancel(self, key: object) -> None:
         """End a stream and free its KV by the next iteration. Emits ``cancelled`` once, or nothing if it had ended."""

@@ -17,16 +17,21 @@ import os
 import random
 import time
 from binascii import crc32
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 from ..batcher import Batch, Batcher, BatcherConfig, Emitted, RequestTooLong, Sampled, Sequence
 from ..core.latency import Coefficients, OnlineFit
+from ..core.links import BYTES_PER_S, LATENCY_S
 from ..core.profile import Profile
 from ..errors import HyperFlexisError, ProtocolError
 from ..policy.catalog import StepFunctions
-from ..wire import Generate, Sampling, TokenLogprob
-from .base import Emission, EngineInfo, EngineReport, Sink
+from ..transfer.kv import Give, Take
+from ..wire import Generate, Sampling, TokenLogprob, pack_ids
+from .base import Emission, Ending, EngineInfo, EngineReport, Sink
 from .driver import finished, report_of, sequence_of
+from .emulated_kv import EmulatedKv, KvHistory
+from .handoff import HandoffConfig, Handoffs
 
 FIRST_TOKEN, NUM_TOKENS = 32, 95
 """Token ids drawn: printable ASCII."""
@@ -66,7 +71,9 @@ class EmulatedConfig:
     ``noise`` is the relative standard deviation of iteration times. ``prior_scale`` multiplies the coefficients from
     which the fit starts, so that it has something to learn. With ``mean_output_tokens`` texts end by themselves after
     that many tokens on average (unless a request ignores that), else always at their limit. Sizes that are None are
-    the profile's.
+    the profile's. ``kv_listen``: address (``unix:PATH`` or HOST:PORT) at which other instances get the KV of requests
+    from here, None for nowhere; ``kv_token``: the word that they share. What a request's real KV would take on its way
+    is ``kv_link_latency_s`` and its bytes at ``kv_link_bytes_per_s``.
     """
 
     model: str
@@ -82,6 +89,10 @@ class EmulatedConfig:
     prior_scale: float = 1.0
     mean_output_tokens: float | None = None
     faults: Faults = Faults()
+    kv_listen: str | None = None
+    kv_token: str = ""
+    kv_link_latency_s: float = LATENCY_S
+    kv_link_bytes_per_s: float = BYTES_PER_S
 
 
 @dataclass(slots=True)
@@ -89,6 +100,7 @@ class _Stream:
     key: object
     sampling: Sampling
     state: int
+    kv: KvHistory = field(default_factory=KvHistory)
 
 
 class EmulatedEngine:
@@ -123,12 +135,29 @@ class EmulatedEngine:
         self._slow = config.faults.slow_factor if config.faults.slow_after_tokens is None else 1.0
         self._failure: str | None = None
         self._warned_at = float("-inf")
+        self._handoffs: Handoffs | None = None
 
-    async def start(self, sink: Sink) -> EngineInfo:
+    async def start(self, sink: Sink, ending: Ending | None = None, instance: str = "", epoch: int = 0) -> EngineInfo:
         """Ready at once: there are no weights."""
         self._sink = sink
         self._loop = asyncio.get_running_loop()
-        sizes = self._sizes
+        sizes, config = self._sizes, self._config
+        self._kv = EmulatedKv(
+            f"{config.model} of {config.profile.name}",
+            config.profile.kv_bytes_per_token,
+            sizes.context_length,
+            config.kv_link_latency_s,
+            config.kv_link_bytes_per_s,
+        )
+        self._handoffs = Handoffs(
+            HandoffConfig(config.kv_listen, config.kv_token, instance, epoch),
+            _Device(self._kv),
+            self._batcher,
+            self._streams,
+            self._emit,
+            ending,
+            self._wake,
+        )
         return EngineInfo(
             model=self._config.model,
             engine="emulated",
@@ -139,6 +168,8 @@ class EmulatedEngine:
             max_batch_tokens=sizes.max_batch_tokens,
             returns_token_ids=True,
             latency=self._prior,
+            kv_address=self._handoffs.address,
+            kv_bytes_per_token=config.profile.kv_bytes_per_token,
         )
 
     def generate(self, key: object, request: Generate) -> None:
@@ -153,22 +184,26 @@ class EmulatedEngine:
         now = self._clock()
         try:
             seq = sequence_of(request, now, _Stream(key, sampling, crc32(request.token_ids, seed)))
+            if request.kv is not None:
+                assert self._handoffs is not None
+                self._handoffs.fetch(key, seq, request)
+                return
             self._batcher.add(seq, now)
         except (RequestTooLong, ProtocolError, ValueError) as error:
             self._emit([Emission(key, [], finish="invalid", message=str(error))])
             return
         self._streams[key] = seq
-        if self._batch is None and self._timer is None and not self._hung:
-            # Soon, not now: all that arrived together shares the first iteration.
-            self._timer = self._loop.call_soon(self._begin, now)
+        self._wake()
 
     def cancel(self, key: object) -> None:
         """See the contract."""
         seq = self._streams.pop(key, None)
         if seq is None:
             return
+        self._left(seq, "it was cancelled")
         self._batcher.cancel(seq.id)
         self._emit([finished(key, seq, "cancelled")])
+        self._wake()
 
     def report(self) -> EngineReport:
         """The state now. Raises HyperFlexisError after ``fail``."""
@@ -186,6 +221,9 @@ class EmulatedEngine:
     async def stop(self) -> None:
         """See the contract."""
         self._draining = True
+        if self._handoffs is not None:
+            self._kv.close()
+            await self._handoffs.close()
         self._end_all("the instance stopped")
 
     def fail(self, message: str) -> None:
@@ -214,14 +252,26 @@ class EmulatedEngine:
             if self._timer is None:
                 self._timer = self._loop.call_soon(self._end if self._batch else self._begin, self._clock())
 
+    def _wake(self) -> None:
+        """Plan an iteration, if none is under way."""
+        if self._batch is None and self._timer is None and not self._hung:
+            # Soon, not now: all that arrived together shares the first iteration.
+            self._timer = self._loop.call_soon(self._begin, self._clock())
+
     def _begin(self, start: float) -> None:
         """Plan the iteration that starts at ``start``, or rest when there is nothing to do."""
-        self._timer = None
         if self._hung:
+            self._timer = None
             return
+        assert self._handoffs is not None
+        self._handoffs.between()
+        if self._timer is not None:  # it was this call's own, or is for what is planned now
+            self._timer.cancel()
+            self._timer = None
         batch = self._batch = self._batcher.plan(self._clock())
         if batch is None:
             return
+        self._handoffs.planned(batch)
         iteration_s = self._config.profile.iteration_s
         seconds = iteration_s(batch.prefill_tokens, batch.attention, batch.num_decodes, batch.kv_tokens) * self._slow
         if self._config.noise:
@@ -238,6 +288,8 @@ class EmulatedEngine:
             return
         sampled = [self._sample(chunk.seq) for chunk in batch.chunks if chunk.samples]
         now = self._clock()
+        for chunk in batch.prefills:
+            _stream(chunk.seq).kv.computed.append((chunk.start + chunk.num_tokens, ended_at - self._batch_s, ended_at))
         emitted = self._batcher.commit(batch, sampled, now, self._batch_s)
         self._emit([self._emission(one) for one in emitted])
         self._apply_faults()
@@ -252,8 +304,7 @@ class EmulatedEngine:
         self._begin(ended_at)
 
     def _sample(self, seq: Sequence) -> Sampled:
-        stream = seq.payload
-        assert isinstance(stream, _Stream)
+        stream = _stream(seq)
         state = stream.state
         sampling = stream.sampling
         # Multiplied, so that the end does not depend on the same bits as the token.
@@ -267,12 +318,12 @@ class EmulatedEngine:
 
     def _emission(self, one: Emitted) -> Emission:
         seq = one.seq
-        stream = seq.payload
-        assert isinstance(stream, _Stream)
+        stream = _stream(seq)
         if one.finish is None:
             out = Emission(stream.key, [one.token_id])
         else:
             del self._streams[stream.key]
+            self._left(seq, "it has ended")
             out = finished(stream.key, seq, one.finish)
             if one.finish != "stop":
                 out.token_ids.append(one.token_id)
@@ -291,10 +342,15 @@ class EmulatedEngine:
         self._batch = None
         out = []
         for key, seq in self._streams.items():
+            self._left(seq, message)
             self._batcher.cancel(seq.id)
             out.append(finished(key, seq, "error", message))
         self._streams.clear()
         self._emit(out)
+
+    def _left(self, seq: Sequence, reason: str) -> None:
+        if self._handoffs is not None:
+            self._handoffs.left(seq, reason)
 
     def _apply_faults(self) -> None:
         faults, sent = self._config.faults, self._batcher.counters.output_tokens
@@ -304,6 +360,48 @@ class EmulatedEngine:
             self._hung = True
         if faults.slow_after_tokens is not None and sent >= faults.slow_after_tokens:
             self._slow = faults.slow_factor
+
+
+class _Device:
+    """A Device (engines/handoff.py) whose KV is made up."""
+
+    def __init__(self, kv: EmulatedKv) -> None:
+        self._kv = kv
+        self.layout = kv.layout
+
+    def give(self, seq: Sequence) -> Give:
+        """See Device."""
+        assert seq.token_ids is not None
+        return self._kv.give(seq.token_ids, _stream(seq).kv)
+
+    def take(self, seq: Sequence) -> Take:
+        """See Device."""
+        return self._kv.take(_stream(seq).kv, seq.computed)
+
+    def mark(self, layers: Iterable[int]) -> None:
+        """See Device. There is no device that would do anything later."""
+
+    def key(self, seq: Sequence) -> object:
+        """See Device."""
+        return _stream(seq).key
+
+    def state(self, seq: Sequence, since: int) -> bytes:
+        """See Device. All that matters follows from the tokens."""
+        return b""
+
+    def resume(self, seq: Sequence, state: bytes, token_ids: list[int]) -> list[TokenLogprob] | None:
+        """See Device."""
+        assert seq.token_ids is not None
+        stream = _stream(seq)
+        self._kv.check(seq.token_ids + token_ids, stream.kv)
+        stream.state = crc32(pack_ids(token_ids), stream.state)
+        alternatives = stream.sampling.logprobs
+        return None if alternatives is None else [_logprob(token, alternatives) for token in token_ids]
+
+
+def _stream(seq: Sequence) -> _Stream:
+    assert isinstance(seq.payload, _Stream)
+    return seq.payload
 
 
 def _scaled(c: Coefficients, k: float) -> Coefficients:

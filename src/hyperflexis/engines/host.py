@@ -4,7 +4,9 @@
     gateway    <- Output                    one frame per gateway and iteration
     controller <- InstanceJoined            once ready, and again on each new link
     controller <- InstanceReported          every ``report_every_s`` while something changes, at least each second
+    controller <- PrefillEnding             a request is to be handed over: where to?
     controller -> Drain                     take nothing new; the process goes on until it is told to stop
+    controller -> SetRole                   the share of prompts that the instance is to take
 
 The controller may be away: streams go on, and it is connected to again. One of an older term than the newest seen is
 refused. A gateway's streams end with its link, since nobody is left to read them.
@@ -22,8 +24,8 @@ from hmac import compare_digest
 from typing import Any
 
 from .. import wire
-from ..core.effects import Drain
-from ..core.events import InstanceDraining, InstanceJoined, InstanceReported
+from ..core.effects import Drain, SetRole
+from ..core.events import InstanceDraining, InstanceJoined, InstanceReported, PrefillEnding
 from ..core.instance import InstanceInfo, InstanceReport
 from ..errors import HyperFlexisError
 from ..fd_limit import raise_fd_limit
@@ -169,10 +171,11 @@ class InstanceHost:
         self._controller_task: asyncio.Task[None] | None = None
         self._told: EngineReport | None = None
         self._term = 0
+        self._prefill_share: float | None = None
 
     async def start(self, listen: str, controller: str | None) -> InstanceInfo:
         """Load the engine, open the address, begin to look for the controller. Raises HyperFlexisError."""
-        engine = await self.engine.start(self.emit)
+        engine = await self.engine.start(self.emit, self.prefill_ends, self._identity.id, self._identity.epoch)
         self._started = True
         try:
             self._server = await wire.listen(listen, lambda: _Gateway(self), self._hello)
@@ -195,6 +198,8 @@ class InstanceHost:
             max_batch_tokens=engine.max_batch_tokens,
             returns_token_ids=engine.returns_token_ids,
             latency=engine.latency,
+            kv_address=engine.kv_address,
+            kv_bytes_per_token=engine.kv_bytes_per_token,
         )
         if controller is not None:
             self._controller_task = asyncio.create_task(wire.keep_connected(controller, self, self._hello))
@@ -308,6 +313,11 @@ class InstanceHost:
         if self._num_streams == 0:
             self._no_streams.set()
 
+    def prefill_ends(self, request_id: str, left_s: float) -> None:
+        """Ask where a request goes on. While the controller is away, it goes on here."""
+        if self._controller is not None:
+            self._controller.send(PrefillEnding(request_id, self._identity.id, self._identity.epoch, left_s))
+
     def link_made(self, link: wire.Link, hello: wire.Hello) -> None:
         """The controller answered."""
         if hello.term < self._term:
@@ -316,7 +326,7 @@ class InstanceHost:
         self._term = hello.term
         self._controller = link
         assert self._info is not None
-        link.send(InstanceJoined(self._info, self._draining))
+        link.send(InstanceJoined(self._info, self._draining, self._prefill_share))
         self._told = None
 
     def link_lost(self, link: wire.Link, reason: str) -> None:
@@ -326,12 +336,16 @@ class InstanceHost:
             _log.warning("instance %s lost the controller: %s", self._identity.id, reason)
 
     def message_received(self, link: wire.Link, message: Any) -> None:
-        """A drain, or its end, is the only order."""
+        """A drain, its end, or a role."""
         if link is not self._controller:
             return  # refused for its term; what it still had under way does not count
         if isinstance(message, Drain):
             if message.epoch == self._identity.epoch:
                 self._drain(message)
+        elif isinstance(message, SetRole):
+            if message.epoch == self._identity.epoch:
+                self._prefill_share = message.prefill_share
+                self.engine.set_role(message.prefill_share)
         else:
             link.close(f"an instance takes no {type(message).__name__} from a controller")
 

@@ -28,7 +28,7 @@ from ..core.latency import Coefficients, OnlineFit
 from ..core.profile import Profile
 from ..errors import HyperFlexisError, ProtocolError
 from ..wire import Generate, unpack_ids
-from .base import Emission, EngineInfo, EngineReport, Sink
+from .base import Emission, Ending, EngineInfo, EngineReport, Sink
 from .openai_answer import CARDS, EVENT, Card, Event, Events, error_message, is_set, token_logprobs_of
 
 CONNECT_S = 5.0
@@ -144,8 +144,8 @@ class OpenAIEngine:
         self._failure: str | None = None
         self._health: asyncio.Task[None] | None = None
 
-    async def start(self, sink: Sink) -> EngineInfo:
-        """Wait for the server and ask what it serves.
+    async def start(self, sink: Sink, ending: Ending | None = None, instance: str = "", epoch: int = 0) -> EngineInfo:
+        """Wait for the server and ask what it serves. Its requests are not handed over.
 
         Raises HyperFlexisError when it does not answer in time, refuses the key, does not serve the model, or is to
         speak token ids and cannot.
@@ -191,6 +191,9 @@ class OpenAIEngine:
         """See the contract."""
         if self._draining or self._failure is not None:
             self._sink([Emission(key, [], finish="refused", message=self._failure or "the instance is draining")])
+            return
+        if request.kv is not None:
+            self._sink([Emission(key, [], finish="refused", message="the server takes no KV")])
             return
         try:
             path, body = self._request(request)

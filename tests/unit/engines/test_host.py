@@ -16,8 +16,8 @@ import pytest
 from tests.contract.support import LIMIT_S, emulated
 
 from hyperflexis import wire
-from hyperflexis.core.effects import Drain
-from hyperflexis.core.events import InstanceDraining, InstanceJoined, InstanceReported
+from hyperflexis.core.effects import Drain, SetRole
+from hyperflexis.core.events import InstanceDraining, InstanceJoined, InstanceReported, PrefillEnding
 from hyperflexis.engines.emulated import EmulatedEngine
 from hyperflexis.engines.host import InstanceHost, InstanceIdentity
 from hyperflexis.errors import HyperFlexisError
@@ -300,6 +300,65 @@ async def test_a_drain_gives_streams_back_at_its_limit_and_can_be_taken_back(add
         gateway.links[0].send(generate(3))
         assert (await gateway.until(lambda: gateway.finish(3))).reason == "length"
     server.close()
+
+
+class Roles(EmulatedEngine):
+    """Remembers the roles that it was given."""
+
+    shares: tuple[float, ...] = ()
+
+    def set_role(self, prefill_share: float) -> None:
+        self.shares += (prefill_share,)
+
+
+async def test_a_role_of_this_epoch_reaches_the_engine(address: str, tmp_path: Path) -> None:
+    controller = Peer()
+    where = f"unix:{tmp_path}/c"
+    server = await wire.listen(where, lambda: controller, lambda: wire.Hello(wire.VERSION, "controller", "c", term=1))
+    engine = Roles(emulated("hyperflexis")._config)
+    async with hosted(engine, address, where):
+        await controller.until(lambda: controller.of(InstanceJoined))
+        for epoch, share in ((7, 0.3), (1, 0.0), (1, 0.5)):
+            controller.links[0].send(SetRole("i1", epoch, share, "the load"))
+        controller.links[0].send(Drain("i1", 1, None))
+        gateway = await gateway_at(address)
+
+        async def refused() -> bool:
+            gateway.links[0].send(generate(1))
+            return (await gateway.until(lambda: gateway.finish(1))).reason == "refused"
+
+        assert await refused()  # the drain has come, and all that was before it
+        assert engine.shares == (0.0, 0.5)
+    server.close()
+
+
+async def test_the_controller_is_asked_once_where_a_request_goes_on_and_where_kv_is_to_be_had(
+    address: str, tmp_path: Path
+) -> None:
+    controller = Peer()
+    where = f"unix:{tmp_path}/c"
+    server = await wire.listen(where, lambda: controller, lambda: wire.Hello(wire.VERSION, "controller", "c", term=1))
+    async with hosted(emulated("hyperflexis", kv_listen=f"unix:{tmp_path}/kv"), address, where):
+        info = (await controller.until(lambda: controller.of(InstanceJoined)))[0].info
+        assert (info.kv_address, info.kv_bytes_per_token) == (f"unix:{tmp_path}/kv", 1)
+        gateway = await gateway_at(address)
+        gateway.links[0].send(generate(1, 20))
+        order = generate(2, 20)
+        gateway.links[0].send(wire.Generate(2, order.request_id, 1, order.token_ids, order.sampling, hands_over=True))
+        for stream in (1, 2):
+            assert (await gateway.until(lambda stream=stream: gateway.finish(stream))).reason == "length"
+        asked = controller.of(PrefillEnding)
+        assert [(one.id, one.instance, one.epoch) for one in asked] == [("r2", "i1", 1)]
+        assert 0.0 < asked[0].left_s < 1.0
+    server.close()
+
+
+async def test_while_the_controller_is_away_a_request_goes_on_where_it_is(address: str) -> None:
+    async with hosted(emulated("hyperflexis"), address):
+        gateway = await gateway_at(address)
+        order = generate(1, 20)
+        gateway.links[0].send(wire.Generate(1, order.request_id, 1, order.token_ids, order.sampling, hands_over=True))
+        assert (await gateway.until(lambda: gateway.finish(1))).reason == "length"
 
 
 async def test_stop_tells_open_streams(address: str) -> None:

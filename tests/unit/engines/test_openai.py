@@ -12,7 +12,7 @@ from tests.contract.support import LIMIT_S, Driver, Stream, driven, fast_profile
 
 from hyperflexis.engines.openai import OpenAIConfig, OpenAIEngine
 from hyperflexis.errors import HyperFlexisError
-from hyperflexis.wire import Generate, Sampling, TokenLogprob
+from hyperflexis.wire import Generate, KvSource, Sampling, TokenLogprob
 
 
 @pytest.fixture
@@ -33,6 +33,14 @@ async def text(driver: Driver, body: dict[str, object], kind: str = "chat") -> S
     driver.engine.generate(key, request)
     await stream.ended()
     return stream
+
+
+async def test_kv_is_refused_and_the_server_is_not_asked(server: OpenAIServer) -> None:
+    async with driven(engine(server)) as driver:
+        key = driver.send([65, 66], kv=KvSource("unix:/kv", "i", 1))
+        end = await driver.streams[key].ended()
+    assert end.finish == "refused" and "KV" in end.message
+    assert not server.bodies
 
 
 async def test_the_clients_body_goes_on_but_for_what_is_the_gateways(server: OpenAIServer) -> None:

@@ -37,6 +37,10 @@ class KvCache:
         """Store keys and values ``kv`` [tokens, 2 * kv heads, head_dim] at ``slots`` (block * block_size + offset)."""
         self._by_slot[layer].index_copy_(1, slots, kv.transpose(0, 1))
 
+    def read(self, layer: int, slots: Tensor, into: Tensor) -> None:
+        """The inverse, into ``into`` [2 * kv heads, tokens, head_dim]."""
+        torch.index_select(self._by_slot[layer], 1, slots, out=into)
+
     def gather(self, layer: int, blocks: Tensor, rows: int, context: int) -> list[Tensor]:
         """Keys and values [rows, kv heads, context, head_dim] of ``blocks``, a flat table of equally long rows."""
         gathered = self.layers[layer].index_select(1, blocks)

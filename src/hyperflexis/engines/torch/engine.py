@@ -1,6 +1,6 @@
 """The torch engine: the Batcher's iterations, run by PyTorch.
 
-    event loop:  plan -> copy the rows' ids and blocks -> (thread) forward and sampling -> commit -> sink
+    event loop:  handoffs -> plan -> copy the rows' ids and blocks -> (thread) forward and sampling -> commit -> sink
 
 One thread runs the model and nothing else; queues, KV blocks and streams belong to the event loop. Iterations follow
 each other without a pause, and the loop waits on an event when there is nothing to do.
@@ -24,8 +24,10 @@ from ...core.latency import Coefficients, OnlineFit
 from ...errors import HyperFlexisError, ProtocolError
 from ...policy.catalog import StepFunctions
 from ...wire import Generate
-from ..base import Emission, EngineInfo, EngineReport, Sink
+from ..base import Emission, Ending, EngineInfo, EngineReport, Sink
 from ..driver import finished, report_of, sequence_of
+from ..handoff import HandoffConfig, Handoffs
+from .handoff import TorchDevice
 from .loader import find_device, load
 from .probe import probe, shapes
 from .runner import Runner, Stream, stream_of
@@ -44,7 +46,9 @@ class TorchConfig:
 
     ``device``: cpu, cuda or cuda:N. ``dtype``: float32, bfloat16 or float16, None for the checkpoint's. ``threads``:
     of a CPU instance. ``kv_tokens``: size of the KV cache, None for what the memory allows. ``context_length``: None
-    for the model's own. ``device_kind``: its name in profiles, None for the device's own.
+    for the model's own. ``device_kind``: its name in profiles, None for the device's own. ``kv_listen``: address
+    (``unix:PATH`` or HOST:PORT) at which other instances get the KV of requests from here, None for nowhere;
+    ``kv_token``: the word that they share.
     """
 
     model: str
@@ -59,6 +63,8 @@ class TorchConfig:
     max_batch_tokens: int = 2048
     block_size: int = 16
     device_kind: str | None = None
+    kv_listen: str | None = None
+    kv_token: str = ""
 
 
 class TorchEngine:
@@ -76,7 +82,7 @@ class TorchEngine:
         self._failure: str | None = None
         self._task: asyncio.Task[None] | None = None
 
-    async def start(self, sink: Sink) -> EngineInfo:
+    async def start(self, sink: Sink, ending: Ending | None = None, instance: str = "", epoch: int = 0) -> EngineInfo:
         """Load the weights, measure a few iterations, and take requests from then on."""
         self._sink = sink
         config = self._config
@@ -87,6 +93,16 @@ class TorchEngine:
         self._eos = model.config.eos_token_ids
         sizes = self._sizes(self._runner)
         self._batcher = Batcher(sizes, OnlineFit(prior), config.step.plan, config.step.victim)
+        device = TorchDevice(model, config.model)
+        self._handoffs = Handoffs(
+            HandoffConfig(config.kv_listen, config.kv_token, instance, epoch),
+            device,
+            self._batcher,
+            self._streams,
+            sink,
+            ending,
+            self._wake.set,
+        )
         self._task = loop.create_task(self._run())
         return EngineInfo(
             model=config.model,
@@ -98,6 +114,8 @@ class TorchEngine:
             max_batch_tokens=sizes.max_batch_tokens,
             returns_token_ids=True,
             latency=prior,
+            kv_address=self._handoffs.address,
+            kv_bytes_per_token=device.layout.num_layers * device.layout.token_bytes,
         )
 
     def generate(self, key: object, request: Generate) -> None:
@@ -110,9 +128,13 @@ class TorchEngine:
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         now = self._clock()
         try:
-            seq = sequence_of(request, now, Stream(key, sampling, seed, stop_ids))
+            stream = Stream(key, sampling, seed, stop_ids, None if sampling.logprobs is None else [])
+            seq = sequence_of(request, now, stream)
             if seq.token_ids and max(seq.token_ids) >= self._vocab_size:
                 raise ProtocolError(f"token id {max(seq.token_ids)} is outside the vocabulary of {self._vocab_size}")
+            if request.kv is not None:
+                self._handoffs.fetch(key, seq, request)
+                return
             self._batcher.add(seq, now)
         except (RequestTooLong, ProtocolError, ValueError) as error:
             self._sink([Emission(key, [], finish="invalid", message=str(error))])
@@ -124,8 +146,10 @@ class TorchEngine:
         """See the contract."""
         seq = self._streams.pop(key, None)
         if seq is not None:
+            self._handoffs.left(seq, "it was cancelled")
             self._batcher.cancel(seq.id)
             self._sink([finished(key, seq, "cancelled")])
+            self._wake.set()
 
     def report(self) -> EngineReport:
         """The state now. Raises HyperFlexisError when the engine has given up; its process should then end."""
@@ -146,6 +170,7 @@ class TorchEngine:
         self._wake.set()
         if self._task is not None:
             await self._task
+            await self._handoffs.close()
             self._end(list(self._streams.values()), "the instance stopped")
             del self._runner
         self._thread.shutdown()
@@ -176,13 +201,15 @@ class TorchEngine:
         loop = asyncio.get_running_loop()
         try:
             while not self._stopping and self._failure is None:
+                self._wake.clear()
+                self._handoffs.between()
                 began = self._clock()
                 batch = self._batcher.plan(began)
                 if batch is None:
-                    self._wake.clear()
                     await self._wake.wait()
                     continue
-                work = self._runner.work_of(batch)
+                self._handoffs.planned(batch)
+                work = self._runner.work_of(batch, self._handoffs.watch(batch))
                 try:
                     drawn = await loop.run_in_executor(self._thread, self._runner.run, work)
                 except Exception as error:
@@ -204,11 +231,13 @@ class TorchEngine:
             self._sink([self._emission(one, logprobs) for one in emitted])
 
     def _emission(self, one: Emitted, logprobs: dict[object, Drawn]) -> Emission:
-        key = stream_of(one.seq.payload).key
+        stream = stream_of(one.seq.payload)
+        key = stream.key
         if one.finish is None:
             out = Emission(key, [one.token_id])
         else:
             del self._streams[key]
+            self._handoffs.left(one.seq, "it has ended")
             # The token that ended the text is counted and not part of it.
             out = finished(key, one.seq, one.finish)
             if one.finish != "stop":
@@ -216,6 +245,8 @@ class TorchEngine:
         drawn = logprobs.get(key)
         if drawn is not None and drawn.logprob is not None and out.token_ids:
             out.logprobs = [drawn.logprob]
+            if stream.logprobs is not None:
+                stream.logprobs.append(drawn.logprob)
         return out
 
     def _iteration_failed(self, batch: Batch, error: Exception) -> None:
@@ -236,6 +267,7 @@ class TorchEngine:
         out = []
         for seq in sequences:
             key = stream_of(seq.payload).key
+            self._handoffs.left(seq, message)
             self._batcher.cancel(seq.id)
             del self._streams[key]
             out.append(finished(key, seq, "error", message))

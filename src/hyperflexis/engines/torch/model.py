@@ -7,7 +7,7 @@ attention looks at whose rows they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -124,11 +124,15 @@ class Model:
         )
 
     @torch.inference_mode()
-    def forward(self, inputs: Inputs) -> Tensor:
-        """Run the rows, fill their KV, and return fp32 logits [sampling rows, vocabulary]."""
+    def forward(self, inputs: Inputs, wrote: Callable[[int], None] | None = None) -> Tensor:
+        """Run the rows, fill their KV, and return fp32 logits [sampling rows, vocabulary]. ``wrote`` is called with
+        each layer whose KV has just been filled."""
         hidden = functional.embedding(inputs.token_ids, self.weights.embedding)
         for index, layer in enumerate(self.weights.layers):
-            hidden += layer.o(self._attention(index, layer, inputs, self._norm(hidden, layer.input_norm)))
+            qkv = self._qkv(index, layer, inputs, self._norm(hidden, layer.input_norm))
+            if wrote is not None:
+                wrote(index)
+            hidden += layer.o(attend(inputs.attention, self.cache, index, qkv))
             hidden += self._mlp(layer, self._norm(hidden, layer.mlp_norm))
         last = hidden.index_select(0, inputs.sampling)
         return self.weights.head(self._norm(last, self.weights.norm)).float()
@@ -136,7 +140,8 @@ class Model:
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return functional.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
 
-    def _attention(self, index: int, layer: Layer, inputs: Inputs, x: Tensor) -> Tensor:
+    def _qkv(self, index: int, layer: Layer, inputs: Inputs, x: Tensor) -> Tensor:
+        """Queries, keys and values [rows, heads + 2 * kv heads, head_dim]; keys and values are in the cache too."""
         config = self.config
         heads, kv_heads = config.num_heads, config.num_kv_heads
         qkv = layer.qkv(x).view(-1, heads + 2 * kv_heads, config.head_dim)
@@ -148,7 +153,7 @@ class Model:
         turned = qk.roll(config.head_dim // 2, -1).mul_(inputs.sin)
         torch.addcmul(turned, qk, inputs.cos, out=qk)
         self.cache.write(index, inputs.slots, qkv[:, heads:])
-        return attend(inputs.attention, self.cache, index, qkv)
+        return qkv
 
     def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
         gate, up = layer.gate_up(x).chunk(2, -1)

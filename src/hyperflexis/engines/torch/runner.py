@@ -6,11 +6,11 @@ there while ``run`` is under way in the engine's thread.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ...batcher import Batch, Chunk
-from ...wire import Sampling
+from ...wire import Sampling, TokenLogprob
 from .attention import Span
 from .model import Model
 from .sampler import Draw, Drawn, sample
@@ -18,22 +18,26 @@ from .sampler import Draw, Drawn, sample
 
 @dataclass(slots=True)
 class Stream:
-    """The engine's part of a sequence (its ``payload``). ``stop_ids`` end it, end-of-text ids among them."""
+    """The engine's part of a sequence (its ``payload``). ``stop_ids`` end it, end-of-text ids among them. ``logprobs``
+    are those of all its output, None where they were not asked for: who takes the request over may need them."""
 
     key: object
     sampling: Sampling
     seed: int
     stop_ids: frozenset[int]
+    logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One iteration's rows. ``sampling`` are rows among them, in the order of the batch's sampling chunks."""
+    """One iteration's rows. ``sampling`` are rows among them, in the order of the batch's sampling chunks. ``wrote`` is
+    called in the engine's thread with each layer whose KV has been filled."""
 
     spans: tuple[Span, ...]
     token_ids: list[int]
     sampling: list[int]
     draws: list[Draw]
+    wrote: Callable[[int], None] | None = None
 
 
 class Runner:
@@ -43,7 +47,7 @@ class Runner:
         self.model = model
         self._block_size = model.cache.block_size
 
-    def work_of(self, batch: Batch) -> Work:
+    def work_of(self, batch: Batch, wrote: Callable[[int], None] | None = None) -> Work:
         """The rows of ``batch``: single tokens first, longest context first, as attention groups them."""
         chunks = batch.chunks
         order = sorted(range(len(chunks)), key=lambda i: (chunks[i].num_tokens > 1, -chunks[i].start))
@@ -58,11 +62,12 @@ class Runner:
             token_ids += chunk.seq.token_ids[chunk.start : end]
             last_row[i] = len(token_ids) - 1
         sampling = [i for i, chunk in enumerate(chunks) if chunk.samples]
-        return Work(tuple(spans), token_ids, [last_row[i] for i in sampling], [_draw(chunks[i]) for i in sampling])
+        draws = [_draw(chunks[i]) for i in sampling]
+        return Work(tuple(spans), token_ids, [last_row[i] for i in sampling], draws, wrote)
 
     def run(self, work: Work) -> Sequence[Drawn]:
         """Compute the rows' KV and one token per sampling row, in their order."""
-        logits = self.model.forward(self.model.prepare(work.spans, work.token_ids, work.sampling))
+        logits = self.model.forward(self.model.prepare(work.spans, work.token_ids, work.sampling), work.wrote)
         return sample(logits, work.draws)
 
 

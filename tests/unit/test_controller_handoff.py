@@ -1,0 +1,192 @@
+"""Disaggregated: where prompts go, where their requests decode, and what the books say meanwhile."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import msgspec
+import pytest
+from tests.unit.test_controller import ask, info, report, request
+
+from hyperflexis.controller import Controller, ControllerConfig, Snapshot
+from hyperflexis.core.effects import Dispatch, Handoff, SetRole
+from hyperflexis.core.events import (
+    DrainAsked,
+    HandoffFailed,
+    InstanceJoined,
+    InstanceLeft,
+    InstanceReported,
+    PrefillEnding,
+    RequestFinished,
+    Tick,
+)
+from hyperflexis.core.instance import RequestProgress
+from hyperflexis.core.links import Split
+from hyperflexis.policy.roles import GROW
+
+APART = Split(prefill=1, decode=1, adapt=False)
+
+
+def fleet(
+    split: Split | None = APART, instances: int = 2, policy: str = "hyperflexis"
+) -> tuple[Controller, list[object]]:
+    made = Controller(ControllerConfig(("m",), policy, split=split))
+    effects: list[object] = []
+    for i in range(instances):
+        joined = info(f"i{i}", kv_address=f"unix:kv{i}", kv_bytes_per_token=1000)
+        effects += made.handle(InstanceJoined(joined), 0.0)
+    return made, effects
+
+
+def ending(id: str = "r", instance: str = "i0", epoch: int = 1, left_s: float = 0.01) -> PrefillEnding:
+    return PrefillEnding(id, instance, epoch, left_s)
+
+
+def loads(c: Controller) -> list[tuple[int, int]]:
+    """(prompts, decodes) by instance."""
+    return [(len(one.prompts), one.num_decodes) for one in c.cluster.instances.values()]
+
+
+def test_the_first_instances_compute_prompts_and_the_others_decode():
+    _, effects = fleet(Split(prefill=1, decode=2, adapt=False), 4)
+    assert [(e.instance, e.prefill_share) for e in effects if isinstance(e, SetRole)] == [
+        ("i0", 1.0),
+        ("i1", 0.0),
+        ("i2", 0.0),
+    ], "the fourth stays convertible"
+
+
+def test_a_prompt_goes_to_a_prefill_instance_and_its_request_on_to_one_that_decodes():
+    c, _ = fleet()
+    sent = ask(c, request("r"))
+    assert isinstance(sent, Dispatch) and sent.instance == "i0" and sent.hands_over
+    assert loads(c) == [(1, 0), (0, 0)]
+    (handoff,) = c.handle(ending(), 0.05)
+    assert isinstance(handoff, Handoff)
+    assert (handoff.source, handoff.kv_address, handoff.instance, handoff.address) == (
+        "i0",
+        "unix:kv0",
+        "i1",
+        "unix:i1",
+    )
+    assert "ms of handoff" in handoff.decision.note
+    assert loads(c) == [(0, 0), (0, 1)]
+    assert c.handle(ending(), 0.06) == [], "it has gone already"
+    c.handle(InstanceReported(report("i1", [RequestProgress("r", 500, 40)])), 0.2)
+    assert c.cluster.requests["r"].output_tokens == 40
+    c.handle(RequestFinished("r", "finished", 50, 0.1, 1.0), 1.0)
+    assert loads(c) == [(0, 0), (0, 0)]
+
+
+def test_a_handoff_that_failed_leaves_the_request_where_it_was():
+    c, _ = fleet()
+    ask(c, request("r"))
+    c.handle(ending(), 0.05)
+    c.handle(HandoffFailed("r", "i0", 1, "no room"), 0.06)
+    assert loads(c) == [(0, 1), (0, 0)]
+    c.handle(HandoffFailed("r", "i0", 1, "no room"), 0.07)
+    assert loads(c) == [(0, 1), (0, 0)], "said twice, it counts once"
+    c.handle(HandoffFailed("r", "i0", 7, "an older launch"), 0.07)
+    c.handle(HandoffFailed("gone", "i0", 1, "it ended"), 0.07)
+
+
+@pytest.mark.parametrize("policy", ["hyperflexis", "round_robin", "least_loaded", "kv_aware", "edf"])
+def test_where_nobody_else_decodes_the_request_stays(policy):
+    c, _ = fleet(policy=policy)
+    ask(c, request("r"))
+    c.handle(InstanceLeft("i1", 1, "killed"), 0.01)
+    assert c.handle(ending(), 0.05) == []
+    assert loads(c) == [(0, 1)]
+
+
+def test_a_full_decode_instance_gets_no_more():
+    c, _ = fleet()
+    c.cluster.instances["i1"].kv_tokens = 99_900.0
+    ask(c, request("r"))
+    assert c.handle(ending(), 0.05) == []
+    assert loads(c) == [(0, 1), (0, 0)]
+    assert c.cluster.instances["i0"].min_pace_s == 0.05, "its pace binds here now"
+
+
+def test_a_pace_that_is_kept_elsewhere_binds_nobody_here():
+    c, _ = fleet()
+    ask(c, request("r"))
+    assert c.cluster.instances["i0"].min_pace_s == float("inf")
+
+
+def test_with_one_output_token_there_is_nothing_to_hand_over():
+    c, _ = fleet()
+    sent = ask(c, request("r", max_output_tokens=1))
+    assert not sent.hands_over
+    assert c.handle(ending(), 0.05) == []
+
+
+def test_stale_and_unknown_endings_are_ignored():
+    c, _ = fleet()
+    ask(c, request("r"))
+    for event in (ending(epoch=2), ending(id="who"), ending(instance="i9")):
+        assert c.handle(event, 0.01) == []
+    assert loads(c) == [(1, 0), (0, 0)]
+
+
+def test_colocated_fleets_hand_nothing_over():
+    c, effects = fleet(None)
+    assert effects == []
+    assert not ask(c, request("r")).hands_over
+    assert c.handle(ending(), 0.05) == []
+
+
+def test_an_instance_that_comes_back_takes_the_role_that_is_missing():
+    c, _ = fleet()
+    c.handle(InstanceLeft("i0", 1, "killed"), 1.0)
+    (role,) = c.handle(InstanceJoined(info("i0", 2, kv_address="unix:kv0")), 2.0)
+    assert isinstance(role, SetRole) and role.prefill_share == 1.0
+
+
+def test_a_restarted_controller_keeps_the_roles_that_instances_have():
+    c = Controller(ControllerConfig(("m",), split=APART))
+    effects = c.handle(InstanceJoined(info("i1", kv_address="unix:kv1"), prefill_share=0.0), 0.0)
+    effects += c.handle(InstanceJoined(info("i0", kv_address="unix:kv0"), prefill_share=1.0), 0.0)
+    assert effects == []
+    assert [one.prefill_share for one in c.cluster.instances.values()] == [0.0, 1.0]
+
+
+def test_a_drained_instance_hands_over_what_decodes():
+    c, _ = fleet(Split(adapt=False), 2)
+    sent = ask(c, request("r"))
+    assert c.handle(ending(instance=sent.instance), 0.05) == [], "both compute and decode: it stays"
+    c.handle(InstanceReported(report(sent.instance, [RequestProgress("r", 500, 20)])), 0.2)
+    effects = c.handle(DrainAsked(sent.instance, 30.0), 0.3)
+    (handoff,) = [e for e in effects if isinstance(e, Handoff)]
+    assert handoff.source == sent.instance and handoff.instance != sent.instance
+    assert handoff.expected_output_tokens < sent.expected_output_tokens
+
+
+def test_roles_follow_what_is_needed_and_one_changes_at_a_time():
+    slow = replace(info("x").latency, c0=0.03)  # at 50 ms a token c0 takes three fifths of the time
+    c = Controller(ControllerConfig(("m",), split=Split()))
+    for i in range(4):
+        c.handle(InstanceJoined(info(f"i{i}", kv_address=f"unix:kv{i}", latency=slow)), 0.0)
+    roles = []
+    for step in range(400):
+        now = 0.1 * step
+        ask(c, request(f"r{step}", prompt=2000), now)  # 2 s of prompts a second
+        c.handle(RequestFinished(f"r{step}", "finished", 5, 0.1, 0.2), now)
+        roles += [e for e in c.handle(Tick(), now) if isinstance(e, SetRole)]
+    assert [role.prefill_share for role in roles[:2]] == [1.0, 1.0]
+    assert roles[0].instance != roles[1].instance
+    assert "prompts keep" in roles[0].reason
+    assert sum(one.prefill_share == 1.0 for one in c.cluster.instances.values()) == 2
+    assert len(roles) == 2, "then nothing changes any more"
+    assert GROW >= 3
+
+
+def test_a_snapshot_goes_on_alike():
+    c, _ = fleet()
+    ask(c, request("r"))
+    ask(c, request("q"))
+    c.handle(ending(), 0.05)
+    packed = msgspec.msgpack.encode(c.snapshot())
+    again = Controller.restore(c.config, msgspec.msgpack.decode(packed, type=Snapshot))
+    assert again.handle(ending("q"), 0.06) == c.handle(ending("q"), 0.06)
+    assert loads(again) == loads(c)
