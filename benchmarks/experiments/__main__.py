@@ -20,7 +20,7 @@ from hyperflexis.errors import ConfigError, HyperFlexisError
 from hyperflexis.telemetry import plot
 from hyperflexis.telemetry.machine import num_cores
 
-from . import goodput, latency, optimum, overload, parts, picture, prefixes, robustness, tune
+from . import goodput, latency, optimum, overload, parts, picture, prefixes, robustness, split, tune
 from .cache import Cache, Digests
 from .measure import ROOT, Rows, Task
 from .pages import Places, write_page, write_results
@@ -52,6 +52,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "e5": Experiment(robustness.tasks, robustness.result, robustness.markdown),
     "e6": Experiment(prefixes.tasks, prefixes.result, prefixes.markdown),
     "e7": Experiment(parts.tasks, parts.result, parts.markdown),
+    "e8": Experiment(split.tasks, split.result, split.markdown),
 }
 TUNING = Experiment(tune.tasks, tune.result, tune.markdown)
 
@@ -69,6 +70,8 @@ QUICK = Plan(
     abuse_loads=(0.37,),
     prefix_loads=(0.7,),
     ablation_loads=(1.2,),
+    split_loads=(0.9, 1.3),
+    split_chunks=(4096,),
     tuning_seeds=(101,),
     tuning_s=5.0,
     chunks=(1024, 4096),
@@ -125,13 +128,23 @@ def run(args: argparse.Namespace) -> None:
             return perform(work, windows, cache, args.jobs, lambda cpu_s: progress.advance(cpu_s / args.jobs))
 
     tuned = any(EXPERIMENTS[name].tuned for name in names)
-    estimate(replace(plan, choices=tune.unchosen(plan)), names, tuned, windows, digests, cache, args.jobs)
+    estimate(
+        replace(plan, choices=tune.unchosen(plan), splits=split.unchosen(plan)),
+        names,
+        tuned,
+        windows,
+        digests,
+        cache,
+        args.jobs,
+    )
     stages: dict[str, Experiment] = {}
     rows: dict[Task, Any] = {}
     if tuned:
         rows |= measured(tune.tasks(plan))
         plan = replace(plan, choices=tune.choose(tune.scores(plan, rows)))
         stages["tuning"] = TUNING
+    if "e8" in names:
+        plan = replace(plan, splits=split.choose(plan, measured(split.tuning(plan))))
     stages |= {name: EXPERIMENTS[name] for name in names}
     rows |= measured([task for name in names for task in EXPERIMENTS[name].tasks(plan)])
     sections = {"setting": setting(plan, windows)}
@@ -162,7 +175,15 @@ def make_plan(plan: Plan, windows: Windows) -> Plan:
     blind = str(parts.PREFIX_BLIND) if (ROOT / parts.PREFIX_BLIND).exists() else None
     plan = replace(plan, parts=tuple(parts.find_parts()), prefix_blind=blind)
     if not windows.traces:
-        plan = replace(plan, scenarios=WITHOUT_TRACES, bursty=WITHOUT_TRACES, fast=(), prefixes=(), stress=False)
+        plan = replace(
+            plan,
+            scenarios=WITHOUT_TRACES,
+            bursty=WITHOUT_TRACES,
+            split=WITHOUT_TRACES,
+            fast=(),
+            prefixes=(),
+            stress=False,
+        )
     return replace(plan, yardsticks={name: windows.yardstick(name) for name in plan.scenarios})
 
 

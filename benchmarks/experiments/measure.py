@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from hyperflexis.core.links import Split
 from hyperflexis.core.record import Record
 from hyperflexis.policy_file import load_policy
 from hyperflexis.sim.driver import SimConfig, SimResult, simulate
@@ -23,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 class Task:
     """A run. ``policy`` is a spec of ``load_policy``, files relative to the repository's root. ``slowness`` stretches
     the device and what the scheduler is told of it, ``device_factor`` the device alone; the load refers to the device
-    as it is. With ``requests`` the row keeps each request's end-to-end time."""
+    as it is. With ``requests`` the row keeps each request's end-to-end time. ``mode``: `colocated`, `auto`,
+    `convertible` (all do both, for good), or `static:K` (K instances compute prompts, the others decode)."""
 
     scenario: str
     policy: str
@@ -36,6 +38,7 @@ class Task:
     report_delay_s: float = 0.0
     known_lengths: bool = False
     requests: bool = False
+    mode: str = "colocated"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,8 @@ class Row:
     """A run's figures. Means are over all arrivals: a request without a last token counts with the time from its
     arrival to the end of the run; the capped mean counts none beyond three times its promise. ``classes`` has
     (requests, on time); ``outside_share`` is the share of iteration time outside of what the profile was measured for.
-    ``e2e_s`` and ``on_time`` are by request in order of arrival, where the task asked for them."""
+    ``e2e_s`` and ``on_time`` are by request in order of arrival, where the task asked for them. ``ttft_kept`` and
+    ``tpot_kept`` are shares of all requests; ``exposed_s`` is the mean over ``handoffs``."""
 
     attainment: float
     classes: Mapping[str, tuple[int, int]]
@@ -57,6 +61,11 @@ class Row:
     cpu_s: float
     e2e_s: Sequence[float]
     on_time: Sequence[bool]
+    ttft_kept: float = 0.0
+    tpot_kept: float = 0.0
+    handoffs: int = 0
+    exposed_s: float = 0.0
+    transitions: int = 0
 
     @property
     def requests(self) -> int:
@@ -88,6 +97,7 @@ def measure(windows: Windows, task: Task) -> Row:
         device_factor=task.device_factor,
         report_delay_s=task.report_delay_s,
         known_lengths=task.known_lengths,
+        split=split_of(task.mode, SCENARIOS[task.scenario].instances),
     )
     result = simulate(config, arrivals, task.duration_s)
     return row_of(result, time.process_time() - began, task.requests)
@@ -110,7 +120,27 @@ def row_of(result: SimResult, cpu_s: float, requests: bool) -> Row:
         cpu_s=cpu_s,
         e2e_s=[round(s, 3) for s in e2e_s] if requests else [],
         on_time=[record.is_attained for record in records] if requests else [],
+        ttft_kept=sum(record.is_first_attained for record in records) / len(records),
+        tpot_kept=sum(record.is_pace_attained for record in records) / len(records),
+        handoffs=counters.handoffs,
+        exposed_s=counters.exposed_s / max(counters.handoffs, 1),
+        transitions=counters.transitions,
     )
+
+
+def split_of(mode: str, instances: int) -> Split | None:
+    """A task's mode as the simulator's."""
+    match mode.split(":"):
+        case ["colocated"]:
+            return None
+        case ["auto"]:
+            return Split()
+        case ["convertible"]:
+            return Split(adapt=False)
+        case ["static", prefill]:
+            return Split(int(prefill), instances - int(prefill), adapt=False)
+        case _:
+            raise ValueError(f"no mode {mode!r}")
 
 
 def _classes(records: Iterable[Record]) -> dict[str, tuple[int, int]]:

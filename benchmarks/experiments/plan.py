@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .measure import Row, Rows, Task
-from .scenarios import BURSTY, FAST, MIXED, SCENARIOS, Yardstick
+from .scenarios import BURSTY, FAST, MIXED, SCENARIOS, SPLIT, Yardstick
 
 OURS = "hyperflexis"
 OVERLOAD = 1.3
@@ -20,12 +20,14 @@ FAR_OVERLOAD = 1.6
 class Plan:
     """The runs of all experiments. Loads are rates over lambda*, durations seconds of arrivals (``duration_s`` None:
     the scenario's own). ``stress`` says whether shifts and abuse can be played. ``choices`` has the baselines' tuned
-    settings by purpose (tune.PURPOSES) and scenario, ``parts`` the files of the ablations."""
+    settings by purpose (tune.PURPOSES) and scenario, ``parts`` the files of the ablations. ``splits`` has, by scenario,
+    the best static split of ours, and the best baseline on a static split with its mode."""
 
     scenarios: Sequence[str] = MIXED
     bursty: Sequence[str] = BURSTY
     fast: Sequence[str] = FAST
     prefixes: Sequence[str] = ("mooncake", "sessions")
+    split: Sequence[str] = SPLIT
     stress: bool = True
     seeds: Sequence[int] = (1, 2, 3, 4, 5)
     duration_s: float | None = None
@@ -39,6 +41,11 @@ class Plan:
     abuse_loads: Sequence[float] = (0.37, 0.49)
     prefix_loads: Sequence[float] = (0.5, 0.7, 0.9, 1.1, 1.3)
     ablation_loads: Sequence[float] = (1.2,)
+    split_loads: Sequence[float] = (0.7, 0.9, 1.1, 1.3)
+    split_tuning_load: float = 1.0
+    split_chunks: Sequence[int] = (1024, 4096)
+    split_s: float = 300.0
+    splits: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
     tuning_seeds: Sequence[int] = (101,)
     tuning_s: float = 150.0
     chunks: Sequence[int] = (512, 1024, 2048, 4096, 8192)

@@ -91,6 +91,7 @@ def without_steps(workload: Workload) -> Workload:
 
 
 H100 = "h100-llama-3.1-8b"
+H100_70B = "h100-llama-2-70b-tp4"
 SCENARIOS: dict[str, Scenario] = {
     "ascend-azure": Scenario("4 Ascend 910B3, Azure bursts", "mixed-ascend.yaml"),
     "ascend-poisson": Scenario("4 Ascend 910B3, Poisson", "mixed-ascend-poisson.yaml"),
@@ -103,12 +104,21 @@ SCENARIOS: dict[str, Scenario] = {
     "shift-none": Scenario("4 Ascend 910B3, its mean mix throughout", "shift.yaml", change=without_phases),
     "abuse": Scenario("4 Ascend 910B3, one tenant sends tenfold", "abuse.yaml", yardstick="abuse-none"),
     "abuse-none": Scenario("4 Ascend 910B3, both tenants steady", "abuse.yaml", change=without_steps),
+    "split-conversation": Scenario("8 H100 x 4 (70B), Azure conversation", "split-conversation.yaml", H100_70B, 8),
+    "split-code": Scenario("8 H100 x 4 (70B), Azure code", "split-code.yaml", H100_70B, 8),
+    "split-shift": Scenario(
+        "8 H100 x 4 (70B), code turns to conversation", "split-shift.yaml", H100_70B, 8, yardstick="split-shift-none"
+    ),
+    "split-shift-none": Scenario(
+        "8 H100 x 4 (70B), code and conversation", "split-shift.yaml", H100_70B, 8, change=without_phases
+    ),
     "mooncake": Scenario("4 H100, Mooncake conversations", "mooncake.yaml", H100),
     "sessions": Scenario("4 H100, sessions of coding agents", "sessions.yaml", H100, duration_s=900.0),
 }
 MIXED = ("ascend-azure", "ascend-poisson", "h100-azure", "h100-poisson")
 BURSTY = ("ascend-azure", "h100-azure")
 FAST = ("ascend-azure-fast", "h100-azure-fast")
+SPLIT = ("split-conversation", "split-code", "split-shift", "mooncake", "ascend-azure")
 WITHOUT_TRACES = ("ascend-synthetic",)
 
 
