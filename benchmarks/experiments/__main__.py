@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
     names = chosen(args.only)
     if args.jobs < 1:
         raise ConfigError(f"--jobs {args.jobs} must be at least 1")
-    if "e2" in names:
+    if {"e2", "e8"} & set(names):
         plot.require()  # better known before hours of runs than after
     windows = Windows(find_traces(args.traces) if args.traces else {})
     plan = make_plan(QUICK if args.quick else FULL, windows)
@@ -156,7 +156,9 @@ def run(args: argparse.Namespace) -> None:
         raw = {} if stage is TUNING else runs  # its scores are enough
         write_results(places.results / f"{name}.json", plan, digests.sources, found, raw)
         if name == "e2":
-            picture.draw(plan, found, places.docs)
+            picture.draw(goodput.panels(plan, found), places.docs / goodput.PICTURE)
+        if name == "e8":
+            picture.draw(split.panels(plan, found), places.docs / split.PICTURE, lowest=40.0)
     write_page(ROOT / "docs" / "experiments.md", places, sections, fresh=not tracked)
     print(f"written: {places.docs / 'experiments.md'}, {places.results}")
 
@@ -184,7 +186,7 @@ def make_plan(plan: Plan, windows: Windows) -> Plan:
             prefixes=(),
             stress=False,
         )
-    return replace(plan, yardsticks={name: windows.yardstick(name) for name in plan.scenarios})
+    return replace(plan, yardsticks={name: windows.yardstick(name) for name in (*plan.scenarios, *plan.split)})
 
 
 def playable(names: Sequence[str], plan: Plan) -> list[str]:

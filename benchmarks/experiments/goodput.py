@@ -9,6 +9,7 @@ from statistics import fmean
 
 from .figures import Bounded, Estimate, difference, estimate, knee, knee_load, knee_ratio
 from .measure import Rows, Task
+from .picture import Panel
 from .plan import OURS, Plan
 from .tables import bounded, percent, points, table
 
@@ -89,6 +90,21 @@ def _point(plan: Plan, rows: Rows, scenario: str, load: float) -> Point:
     best = max((values for policy, values in kept.items() if policy != OURS), key=fmean, default=None)
     points = None if best is None or OURS not in kept else difference(kept[OURS], best)
     return Point(load, {policy: estimate(values) for policy, values in kept.items()}, points)
+
+
+def panels(plan: Plan, found: Sequence[Line]) -> list[Panel]:
+    """What PICTURE shows."""
+    return [
+        Panel(
+            plan.title(line.scenario),
+            {
+                c.policy: {point.load: point.policies[c.policy] for point in line.sweep if c.policy in point.policies}
+                for c in line.carried
+            },
+            plan.yardsticks[line.scenario].fluid_load,
+        )
+        for line in found
+    ]
 
 
 def markdown(plan: Plan, found: Sequence[Line]) -> str:

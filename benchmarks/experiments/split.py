@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 from .figures import Bounded, Estimate, difference, estimate, knee, knee_load, knee_ratio
 from .measure import Row, Rows, Task
+from .picture import Panel
 from .plan import OURS, Plan
 from .scenarios import SCENARIOS
 from .tables import bounded, percent, points, table
 
 BASELINES = ("round_robin", "least_loaded", "kv_aware", "edf")
+PICTURE = "img/experiments-split.png"
 AUTO, CONVERTIBLE, COLOCATED = "auto", "convertible", "colocated"
 
 
@@ -149,6 +151,18 @@ def _point(load: float, found: dict[str, list[Row]]) -> Point:
     )
 
 
+def panels(plan: Plan, found: Sequence[Line]) -> list[Panel]:
+    """What PICTURE shows."""
+    return [
+        Panel(
+            plan.title(line.scenario),
+            {name: {point.load: point.kept[name] for point in line.sweep} for name in line.carried},
+            plan.yardsticks[line.scenario].fluid_load,
+        )
+        for line in found
+    ]
+
+
 def markdown(plan: Plan, found: Sequence[Line]) -> str:
     """Loads carried, and the sweeps."""
     heads = [
@@ -190,4 +204,4 @@ def markdown(plan: Plan, found: Sequence[Line]) -> str:
         for line in found
         for point in line.sweep
     ]
-    return f"{carried}\n\n{table(heads, lines)}"
+    return f"{carried}\n\n![Attainment against load]({PICTURE})\n\n{table(heads, lines)}"

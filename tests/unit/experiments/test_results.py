@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from benchmarks.experiments import goodput, optimum, overload, robustness, tune
+from benchmarks.experiments import goodput, optimum, overload, robustness, split, tune
 from benchmarks.experiments.__main__ import EXPERIMENTS, FULL, QUICK, chosen, extrapolated, playable
 from benchmarks.experiments.figures import Bounded, Estimate
 from benchmarks.experiments.measure import ROOT, Row, Rows, Task
@@ -171,3 +171,21 @@ def test_the_page_has_a_section_for_everything_that_is_measured() -> None:
     assert set(SECTIONS) == {"setting", "tuning", *EXPERIMENTS}
     for section in SECTIONS:
         assert page.count(f"<!-- generated: {section} -->") == 1
+
+
+def test_a_split_is_chosen_on_tuning_windows_and_auto_is_held_against_the_best_of_ours() -> None:
+    plan = replace(PLAN, split=("split-code",), split_loads=(1.0,), split_chunks=(1024,), seeds=(1, 2))
+    rows: dict[Task, Row] = {}
+    for task in split.tuning(plan):
+        assert task.seed in plan.tuning_seeds
+        good = task.mode == "static:5" if task.policy == OURS else (task.policy, task.mode) == ("edf@1024", "static:3")
+        rows[task] = row(0.9 if good else 0.5)
+    plan = replace(plan, splits=split.choose(plan, rows))
+    assert plan.splits == {"split-code": ("static:5", "edf@1024", "static:3")}
+    kept = {"auto": 0.95, "convertible": 0.9, "colocated": 0.8, "static:5": 0.97, "static:3": 0.6}
+    rows |= {task: replace(row(kept[task.mode]), handoffs=7, exposed_s=0.002) for task in split.tasks(plan)}
+    (line,) = split.result(plan, rows)
+    assert line.sweep[0].behind.mean == pytest.approx(-0.02)
+    assert line.sweep[0].kept["baseline"].mean == pytest.approx(0.6)
+    assert (line.sweep[0].handoffs, line.sweep[0].exposed_ms) == (7.0, pytest.approx(2.0))
+    assert "(static:5)" in split.markdown(plan, [line])
