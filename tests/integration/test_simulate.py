@@ -116,10 +116,11 @@ def test_figures_pictures_and_a_policy_file(workload: Path, tmp_path: Path) -> N
     assert repeatable(again) == repeatable(found)
 
 
+@pytest.mark.parametrize("mode", ["colocated", "auto"])
 def test_a_run_is_the_same_to_the_byte_under_another_hash_seed_and_without_leaps(
-    workload: Path, tmp_path: Path
+    mode: str, workload: Path, tmp_path: Path
 ) -> None:
-    options = ["--policies", "hyperflexis", "--loads", "1.5", "--noise", "0.05"]
+    options = ["--mode", mode, "--policies", "hyperflexis", "--loads", "1.5", "--noise", "0.05"]
     logs, journals = [], []
     for hash_seed, more in (("1", []), ("2", []), ("3", ["--no-leap"])):
         log, journal = tmp_path / f"log{hash_seed}", tmp_path / f"journal{hash_seed}"

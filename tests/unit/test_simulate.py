@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.parity.replay import replay
 
 from hyperflexis import cli, simulate
+from hyperflexis.core.links import Link, Split
 from hyperflexis.core.record import Record
 from hyperflexis.core.slo import Slo
 from hyperflexis.errors import ConfigError
@@ -297,3 +299,54 @@ def test_a_file_that_fails_while_it_runs_is_told_with_its_line(
 def test_the_defaults_exist() -> None:
     for name in simulate.DEFAULT_POLICIES.split(","):
         assert load_policy(name)[1] is POLICIES[name]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--prefill", "1"], "--prefill needs --mode disaggregated"),
+        (["--roles", "static"], "--roles static needs --mode disaggregated"),
+        (["--mode", "disaggregated", "--prefill", "4"], "--prefill 4 must be from 1 to 3"),
+        (["--mode", "disaggregated", "--prefill", "0"], "--prefill 0 must be from 1 to 3"),
+        (["--mode", "auto", "--prefill", "1"], "leave out --prefill"),
+        (["--mode", "auto", "--instances", "1"], "needs at least two instances"),
+        (["--mode", "auto", "--link-gbps", "0"], "--link-gbps 0 must be above 0"),
+    ],
+)
+def test_roles_that_make_no_sense_are_told(
+    options: list[str], words: str, workload: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in error_of(command(workload, "--instances", "4", *options), capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "split"),
+    [
+        ([], None),
+        (["--mode", "auto"], Split(link=Link(bytes_per_s=25e9))),
+        (["--mode", "disaggregated", "--prefill", "1"], Split(1, 0, True, Link(bytes_per_s=25e9))),
+        (
+            ["--mode", "disaggregated", "--prefill", "1", "--roles", "static", "--link-gbps", "8"],
+            Split(1, 3, False, Link(bytes_per_s=1e9)),
+        ),
+    ],
+)
+def test_modes(options: list[str], split: Split | None, workload: Path) -> None:
+    assert make_plan(parse(*command(workload, "--instances", "4", *options))).setting.split == split
+
+
+def test_a_disaggregated_run_tells_of_handoffs_and_stages(workload: Path, tmp_path: Path) -> None:
+    out, journal = tmp_path / "out.json", tmp_path / "journal.jsonl"
+    options = ["--instances", "2", "--mode", "disaggregated", "--prefill", "1", "--roles", "static"]
+    assert (
+        cli.main(
+            command(workload, *options, "--policies", "hyperflexis", "--json", str(out), "--journal", str(journal))
+        )
+        == 0
+    )
+    figures = json.loads(out.read_text())
+    found = figures["policies"]["hyperflexis"]
+    assert found["counters"]["handoffs"] > 50
+    assert found["attainment"] <= min(found["ttft_attainment"], found["tpot_attainment"])
+    assert figures["options"]["split"]["prefill"] == 1
+    assert replay(journal) > 100
