@@ -269,7 +269,8 @@ async def test_models_health_ready_and_metrics(one: Site) -> None:
     labels = 'model="m",slo_class="chat"'
     for outcome in ("finished", "rejected"):
         assert f'hyperflexis_requests_total{{model="m",outcome="{outcome}",slo_class="chat"}} 1.0' in text
-    assert f"hyperflexis_slo_attained_total{{{labels}}} 1.0" in text
+    for metric in ("slo_attained", "slo_ttft_attained", "slo_tpot_attained"):
+        assert f"hyperflexis_{metric}_total{{{labels}}} 1.0" in text
     assert f"hyperflexis_generation_tokens_total{{{labels}}} 3.0" in text
     assert 'hyperflexis_http_errors_total{code="overloaded",status="429"} 1.0' in text
     assert "hyperflexis_controller_up 1.0" in text

@@ -13,6 +13,14 @@ def test_strict_attainment_needs_every_promise():
     assert not slo.is_met(ttft_s=0.5, e2e_s=3.1, num_output_tokens=1000)
 
 
+def test_each_stage_has_its_promise() -> None:
+    slo = Slo(ttft_s=1.0, tpot_s=0.05, e2e_s=2.0)
+    assert slo.is_first_met(1.0) and not slo.is_first_met(1.01)
+    assert slo.is_pace_met(ttft_s=9.0, e2e_s=9.39, num_output_tokens=9), "whenever it began"
+    assert not slo.is_pace_met(ttft_s=0.1, e2e_s=0.7, num_output_tokens=11)
+    assert Slo().is_first_met(99.0) and Slo().is_pace_met(1.0, 99.0, 2)
+
+
 def test_one_output_token_has_no_tpot():
     assert Slo(ttft_s=1.0, tpot_s=0.001).is_met(ttft_s=0.9, e2e_s=0.95, num_output_tokens=1)
 
