@@ -64,10 +64,10 @@ class Sequence:
     """One request's state. Times in seconds of the driver's clock, ``inf`` where nothing is due.
 
     ``token_ids`` are prompt and output so far, or None where only sizes are known (then give ``keys``). With
-    ``hands_over`` another instance is sought when the last chunk of its prompt is planned.
-    ``payload`` is the engine's own, ``memo`` the step policy's, all else is changed by the Batcher alone. While it
-    runs, its counts follow from the clock of the running set, which all of them share.
-    """
+    ``hands_over`` another instance is sought when the last chunk of its prompt is planned. ``reported_before`` are
+    output tokens that another instance put out, and that are part of the prompt here. ``payload`` is the engine's own,
+    ``memo`` the step policy's, all else is changed by the Batcher alone. While it runs, its counts follow from the
+    clock of the running set, which all of them share."""
 
     id: str
     num_prompt_tokens: int
@@ -82,6 +82,7 @@ class Sequence:
     expected_output_tokens: float = 128.0
     payload: object = None
     hands_over: bool = False
+    reported_before: int = 0
 
     memo: object = None
     arrived_at: float = 0.0
@@ -285,7 +286,7 @@ class Batcher:
         """
         self._enter(seq, now)
         seq._computed = self._reusable(seq)
-        self._waiting.add(seq)
+        self._waiting.add(seq, fresh=True)
 
     def cancel(self, request_id: str) -> Sequence | None:
         """Remove a request; returns it, or None when it is not here (any more)."""
@@ -491,7 +492,8 @@ class Batcher:
         moved = []
         for seq in self._moved.values():
             seq._reported = seq.output_tokens
-            moved.append(RequestProgress(seq.id, min(seq.computed, seq.num_prompt_tokens), seq._reported))
+            output = seq.reported_before + seq._reported
+            moved.append(RequestProgress(seq.id, min(seq.computed, seq.num_prompt_tokens), output))
         self._moved.clear()
         return tuple(moved)
 

@@ -9,7 +9,7 @@
     GatewayJoined     -> nothing                     requests in flight are taken over (after a controller's restart)
     GatewayLeft       -> nothing                     its requests died with it
     DrainAsked        -> Handoff, Drain              it gets nothing new; what is left goes on elsewhere, if it can
-    InstanceDraining  -> nothing                     the same, where the instance itself was told
+    InstanceDraining  -> Handoff                     the same, where the instance itself was told
     PrefillEnding     -> Handoff                     disaggregated: where the request decodes, if not where it is
     HandoffFailed     -> nothing                     it goes on where it was
     Tick              -> Suspect, Evacuate           an instance hangs or is slow: its requests go on elsewhere
@@ -23,7 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from .core.cluster import Cluster, TrackedInstance, TrackedRequest, prefix_holders
+from .core.cluster import CONVERTIBLE, Cluster, TrackedInstance, TrackedRequest, prefix_holders
 from .core.demand import Demand
 from .core.effects import (
     Decision,
@@ -144,6 +144,7 @@ class Controller:
                 instance = self.cluster.current(event.id, event.epoch)
                 if instance is not None and instance.takes_work:
                     instance.move(InstanceState.DRAINING)
+                    return self._migrate(instance, now)
             case DrainAsked():
                 return self._drain(event, now)
             case GatewayJoined():
@@ -155,7 +156,7 @@ class Controller:
             case PrefillEnding():
                 return self._hand_over(event, now)
             case HandoffFailed():
-                self._put_back(event)
+                self._put_back(event, now)
             case Tick():
                 effects = self._watch(now)
                 if self.config.split is not None and self.config.split.adapt:
@@ -226,7 +227,7 @@ class Controller:
     def _hand_over(self, event: PrefillEnding, now: float) -> list[Effect]:
         source = self.cluster.current(event.instance, event.epoch)
         tracked = self.cluster.requests.get(event.id)
-        if source is None or tracked is None or event.id not in source.requests or not tracked.hands_over:
+        if self.config.split is None or source is None or tracked is None or event.id not in source.requests:
             return []
         source.finish_prompt(tracked)
         handoff = self._go_on_elsewhere(tracked, source, event.left_s, now)
@@ -255,7 +256,10 @@ class Controller:
         if target is None:
             return None
         links.add(source.id, target.id, size, now)
-        self.cluster.move(tracked, target)
+        if not tracked.output_tokens:
+            # The target's first report holds the time on the way too.
+            tracked.missed_first, tracked.first_judged = now + left_s > tracked.first_due, True
+        self._move(tracked, target, now)
         step_s = target.latency.decode_s(target.num_decodes, target.decode_kv_tokens)
         ttft_s = now + left_s - tracked.arrived_at
         e2e_s = ttft_s + exposed_s + max(tracked.expected_output_tokens - 1.0, 0.0) * step_s
@@ -281,13 +285,25 @@ class Controller:
         prefill_s = latency.prefill_s(request.num_prompt_tokens) / max(1.0 - latency.c0 / CAP_S, 0.1)
         decode_s = latency.output_s(output, request.num_prompt_tokens)
         # With an end-to-end promise each request has a pace of its own: to the millisecond they are few.
-        demand.add(prefill_s, decode_s, latency.c0, min(round(tracked.pace_s, 3), CAP_S), now)
+        demand.add(prefill_s, decode_s, latency.c0, min(max(round(tracked.pace_s, 3), 1e-3), CAP_S), now)
 
-    def _put_back(self, event: HandoffFailed) -> None:
-        source = self.cluster.current(event.instance, event.epoch)
+    def _move(self, tracked: TrackedRequest, instance: TrackedInstance, now: float) -> None:
+        if not instance.requests:
+            instance.health.alive_at = now
+        self.cluster.move(tracked, instance)
+
+    def _put_back(self, event: HandoffFailed, now: float) -> None:
         tracked = self.cluster.requests.get(event.id)
-        if source is not None and tracked is not None and event.id not in source.requests:
-            self.cluster.move(tracked, source)
+        if tracked is None or tracked.state is not RequestState.DISPATCHED:
+            return
+        source = self.cluster.current(event.instance, event.epoch)
+        if source is None:
+            # Its link is down for a moment: it is bound when it joins again.
+            self.cluster.unbind(tracked)
+            tracked.hands_over = False
+            tracked.instance, tracked.epoch = event.instance, event.epoch
+        elif event.id not in source.requests:
+            self._move(tracked, source, now)
 
     def _adapt_roles(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
@@ -319,7 +335,7 @@ class Controller:
         elif others.count(0.0) < split.decode:
             share = 0.0
         else:
-            return []
+            share = CONVERTIBLE
         instance.prefill_share, instance.role_at = share, now
         return [SetRole(instance.id, instance.info.epoch, share, "it joins")]
 
@@ -363,7 +379,7 @@ class Controller:
         work_s = latency.prefill_s(request.num_prompt_tokens - hit, hit)
         work_s += latency.output_s(tracked.expected_output_tokens, request.num_prompt_tokens)
         # An instance that keeps this pace spends c0 of each step on nothing.
-        cost_s = work_s / max(1.0 - latency.c0 / tracked.pace_s, 0.1)
+        cost_s = work_s / max(1.0 - latency.c0 / max(tracked.pace_s, 1e-6), 0.1)
         shares = self.cluster.shares.setdefault(request.model, FairShares())
         return shares.discount(request.tenant, request.weight, request.value, cost_s, len(ready), now)
 
@@ -443,7 +459,7 @@ class Controller:
                     hold_s = instance.health.suspect(now)
                     effects.append(Suspect(instance.id, instance.info.epoch, reason, hold_s))
         for instance in self.cluster.instances.values():
-            if instance.state is InstanceState.SUSPECTED and instance.requests:
+            if instance.state is InstanceState.SUSPECTED and instance.has_work:
                 others = self.cluster.ready(instance.info.model)
                 if others[0].state is InstanceState.READY:
                     hung = instance.health.is_hung(now, instance.longest_iteration_s())
@@ -507,7 +523,7 @@ class Controller:
 def _suspicion(instance: TrackedInstance, now: float) -> str:
     """What is wrong with an instance that has something to do; empty when nothing is."""
     health = instance.health
-    if not instance.requests:
+    if not instance.has_work:
         return ""
     if health.is_hung(now, instance.longest_iteration_s()):
         return f"no iteration for {now - health.alive_at:.1f} s"

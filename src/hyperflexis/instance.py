@@ -6,6 +6,7 @@ Engines are imported here, one of them per process, so that a machine without to
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,12 +19,25 @@ from .engines.profiles import load_profile
 from .errors import HyperFlexisError
 from .policy.catalog import STEPS, StepFunctions
 
+TOKEN_VARIABLE = "HYPERFLEXIS_KV_TOKEN"
+
 
 async def run(args: argparse.Namespace) -> None:
     """Host the engine that the arguments describe until SIGTERM. Raises HyperFlexisError for what does not fit."""
     identity = InstanceIdentity(args.id, args.epoch)
-    engine = build(args, identity.token)
+    engine = build(args, kv_token(args.kv_listen))
     await run_instance(engine, identity, args.listen, args.controller)
+
+
+def kv_token(kv_listen: str | None) -> str:
+    """The word that instances must know to get KV from each other. Raises HyperFlexisError where anybody could."""
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    if kv_listen is not None and not kv_listen.startswith("unix:") and not token:
+        raise HyperFlexisError(
+            f"--kv-listen {kv_listen} would give requests' KV to anybody: set {TOKEN_VARIABLE}, the same for all "
+            "instances of the fleet, or listen at unix:PATH"
+        )
+    return token
 
 
 def build(args: argparse.Namespace, token: str) -> base.Engine:

@@ -78,7 +78,7 @@ class Generate(msgspec.Struct, frozen=True, omit_defaults=True):
     the allowed time per output token. ``salt`` keeps tenants' prefixes apart. ``body`` is the client's JSON, for
     engines that take text (``kind`` names the endpoint: chat or completions). ``hands_over``: ask the controller where
     the request goes on when its prompt is nearly computed. With ``kv`` its prompt is not to be computed, but to be had
-    from another instance, and so is what that has put out since.
+    from another instance, and so is what that has put out since; ``reported_before`` output tokens are part of it.
     """
 
     stream: int
@@ -97,6 +97,7 @@ class Generate(msgspec.Struct, frozen=True, omit_defaults=True):
     body: bytes = b""
     hands_over: bool = False
     kv: KvSource | None = None
+    reported_before: int = 0
 
 
 class Cancel(msgspec.Struct, frozen=True):

@@ -84,7 +84,8 @@ class Pair:
                 source.batcher.unpark(id)  # the other did not take it
                 target.batcher.cancel(id)
                 return
-        if not target.batcher.room_for(id, seq.num_tokens):
+        # A target that holds less ends it at once: what engines do then is theirs.
+        if seq.output_tokens >= twin.max_output_tokens or not target.batcher.room_for(id, seq.num_tokens):
             if runs:
                 source.batcher.unpark(id)
             target.batcher.cancel(id)
@@ -179,8 +180,10 @@ def test_an_expected_request_takes_its_blocks_and_place_at_once() -> None:
 def test_what_is_due_after_a_handoff_follows_the_first_token() -> None:
     run = Run(BatcherConfig(8, 4, 2, 16, 32), "hyperflexis", Coefficients(0.01, 1e-3, 0.0, 0.0, 0.0))
     seq = Sequence("a", 5, 8, [1] * 5, first_due=10.0, pace_limit_s=0.5)
+    seq.reported_before = 4
     run.batcher.expect(seq, 0.0)
     run.batcher.arrived("a", 5, [7], now=9.2, first_token_at=9.0)
+    assert [(one.id, one.output_tokens) for one in run.batcher.take_progress()] == [("a", 5)]
     assert seq.next_due == pytest.approx(9.5)
     early = Sequence("b", 5, 8, [1] * 5, first_due=10.0, pace_limit_s=0.5)
     run.batcher.expect(early, 0.0)

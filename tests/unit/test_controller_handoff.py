@@ -9,19 +9,23 @@ import pytest
 from tests.unit.test_controller import ask, info, report, request
 
 from hyperflexis.controller import Controller, ControllerConfig, Snapshot
-from hyperflexis.core.effects import Dispatch, Handoff, SetRole
+from hyperflexis.core.effects import Dispatch, Evacuate, Handoff, SetRole, Suspect
 from hyperflexis.core.events import (
     DrainAsked,
+    GatewayJoined,
     HandoffFailed,
     InstanceJoined,
     InstanceLeft,
     InstanceReported,
+    OpenRequest,
     PrefillEnding,
+    RequestArrived,
     RequestFinished,
     Tick,
 )
 from hyperflexis.core.instance import RequestProgress
 from hyperflexis.core.links import Split
+from hyperflexis.core.slo import Slo
 from hyperflexis.policy.roles import GROW
 
 APART = Split(prefill=1, decode=1, adapt=False)
@@ -53,7 +57,8 @@ def test_the_first_instances_compute_prompts_and_the_others_decode():
         ("i0", 1.0),
         ("i1", 0.0),
         ("i2", 0.0),
-    ], "the fourth stays convertible"
+        ("i3", 0.5),
+    ], "the fourth is told too: it may have been something else before"
 
 
 def test_a_prompt_goes_to_a_prefill_instance_and_its_request_on_to_one_that_decodes():
@@ -90,6 +95,89 @@ def test_a_handoff_that_failed_leaves_the_request_where_it_was():
     c.handle(HandoffFailed("gone", "i0", 1, "it ended"), 0.07)
 
 
+def test_a_handoff_that_failed_while_its_source_was_away_is_bound_there_again():
+    c, _ = fleet()
+    ask(c, request("r"))
+    c.handle(ending(), 0.05)
+    c.handle(InstanceLeft("i0", 1, "its link broke"), 0.06)
+    c.handle(HandoffFailed("r", "i0", 1, "refused"), 0.07)
+    assert loads(c) == [(0, 0)]
+    c.handle(InstanceJoined(info("i0", kv_address="unix:kv0"), prefill_share=1.0), 0.2)
+    assert loads(c) == [(0, 0), (0, 1)]
+    c.handle(InstanceReported(report("i0", [RequestProgress("r", 500, 3)])), 0.3)
+    assert loads(c) == [(0, 0), (0, 1)]
+
+
+def test_a_failure_said_of_a_request_that_waits_changes_nothing():
+    c, _ = fleet()
+    ask(c, request("r"))
+    for id in ("i0", "i1"):
+        c.handle(InstanceLeft(id, 1, "killed"), 0.01)
+    assert c.handle(RequestArrived(request("r"), "g", 0.02, 1, "i0"), 0.02) == []
+    c.handle(InstanceJoined(info("i0", 2, kv_address="unix:kv0")), 0.03)
+    c.handle(HandoffFailed("r", "i1", 1, "late"), 0.04)
+    c.handle(RequestFinished("r", "finished", 5, 0.1, 0.2), 0.5)
+    assert loads(c) == [(0, 0)]
+
+
+def test_a_source_that_hangs_with_what_it_hands_over_is_found_out():
+    c, _ = fleet()
+    ask(c, request("r"))
+    c.handle(InstanceReported(replace(report("i0"), num_running=0, num_waiting=1)), 0.01)
+    c.handle(ending(), 0.05)
+    found = []
+    for tick in range(1, 60):
+        c.handle(InstanceReported(report("i1")), 0.25 * tick)
+        found += c.handle(Tick(), 0.25 * tick)
+    assert {e.instance for e in found if isinstance(e, Suspect)} == {"i0"}
+    assert {e.instance for e in found if isinstance(e, Evacuate)} == {"i0"}, "what it still has goes on elsewhere"
+
+
+def test_an_idle_instance_that_gets_a_handoff_is_not_suspected_for_its_silence():
+    c, _ = fleet()
+    c.handle(InstanceReported(report("i1")), 0.0)
+    ask(c, request("r"), 1.0)
+    c.handle(ending(), 1.09)
+    assert c.handle(Tick(), 1.1) == []
+
+
+def test_a_first_token_in_time_is_not_late_for_the_time_on_the_way():
+    c, _ = fleet()
+    ask(c, request("r", ttft_s=0.5))
+    c.handle(ending(left_s=0.01), 0.4)
+    c.handle(InstanceReported(report("i1", [RequestProgress("r", 500, 1)])), 0.9)
+    assert not c.cluster.requests["r"].missed_first
+    ask(c, request("late", ttft_s=0.5), 1.0)
+    c.handle(ending("late", left_s=0.01), 1.6)
+    assert c.cluster.requests["late"].missed_first
+
+
+def test_a_request_that_was_never_asked_about_counts_where_it_decodes():
+    c, _ = fleet()
+    ask(c, request("r"))
+    c.handle(InstanceReported(report("i0", [RequestProgress("r", 500, 4)])), 0.2)
+    assert c.cluster.instances["i0"].min_pace_s == 0.05
+
+
+def test_a_controller_that_knows_a_request_only_from_its_gateway_hands_it_over():
+    c, _ = fleet()
+    c.handle(GatewayJoined("g", (OpenRequest(request("r"), 0.1, "i0", 1, 0),)), 0.1)
+    (handoff,) = c.handle(ending(), 0.2)
+    assert handoff.instance == "i1"
+
+
+def test_a_pace_that_nobody_can_keep_stops_no_watch_and_turns_no_role():
+    c = Controller(ControllerConfig(("m",), split=Split()))
+    for i in range(4):
+        c.handle(InstanceJoined(info(f"i{i}", kv_address=f"unix:kv{i}")), 0.0)
+    for step in range(300):
+        now = 0.1 * step
+        slo = Slo(1.0, 0.0001 if step % 2 else 1e-323)
+        ask(c, request(f"r{step}", prompt=1500, slo=slo), now)
+        c.handle(RequestFinished(f"r{step}", "finished", 5, 0.1, 0.2), now)
+        assert c.handle(Tick(), now) == []
+
+
 @pytest.mark.parametrize("policy", ["hyperflexis", "round_robin", "least_loaded", "kv_aware", "edf"])
 def test_where_nobody_else_decodes_the_request_stays(policy):
     c, _ = fleet(policy=policy)
@@ -118,7 +206,6 @@ def test_with_one_output_token_there_is_nothing_to_hand_over():
     c, _ = fleet()
     sent = ask(c, request("r", max_output_tokens=1))
     assert not sent.hands_over
-    assert c.handle(ending(), 0.05) == []
 
 
 def test_stale_and_unknown_endings_are_ignored():

@@ -152,7 +152,7 @@ class Model(Section):
     others do both."""
     roles: Literal["adaptive", "static"] | None = None
     """With `mode: disaggregated`: `adaptive`, the default, turns instances to prompts alone and back as the load asks
-    for it; `static` keeps what they begin as, and instances that are not counted by `prefill` decode alone."""
+    for it; `static` keeps what they begin as, and where `prefill` is given the other instances decode alone."""
     endpoints: Annotated[list[str], Field(min_length=1, max_length=1024)] | None = None
     """Base URLs of OpenAI-compatible servers, without `/v1`; for `engine: openai`, which needs them."""
     api_key_env: str | None = None

@@ -34,7 +34,8 @@ class TrackedRequest:
     token (inf: nothing promised); ``prefilled`` and ``output_tokens`` are what its instance last reported. ``work_s``
     and ``context_tokens`` are what its instance counts for it: prompt seconds to come, and the KV tokens that it holds
     or will hold soon. ``discount`` is below 1 for a request beyond its tenant's fair share. One that ``hands_over`` is
-    to decode elsewhere: where its prompt is computed its pace binds nobody.
+    to decode elsewhere: where its prompt is computed its pace binds nobody. ``first_judged``: whether its first token
+    was late is known already.
 
     A request that goes on elsewhere counts the ``sent_tokens`` in its prompt; ``first_due`` is when the next is due,
     and the expected and reported outputs are of what follows."""
@@ -56,6 +57,7 @@ class TrackedRequest:
     discount: float = 1.0
     sent_tokens: int = 0
     hands_over: bool = False
+    first_judged: bool = False
 
     @property
     def value(self) -> float:
@@ -128,6 +130,12 @@ class TrackedInstance:
         return len(self.requests)
 
     @property
+    def has_work(self) -> bool:
+        """Requests are bound to it, or it has some left that go on elsewhere when it lets them go."""
+        report = self.report
+        return bool(self.requests) or (report is not None and report.num_running + report.num_waiting > 0)
+
+    @property
     def min_pace_s(self) -> float:
         """The tightest pace of a request here whose first token was not late (inf: none)."""
         return min(self.paces, default=inf)
@@ -196,8 +204,10 @@ class TrackedInstance:
             if tracked is None:
                 continue
             self._uncount(tracked)
-            if progress.output_tokens and not tracked.output_tokens:
+            if progress.output_tokens and not tracked.output_tokens and not tracked.first_judged:
                 tracked.missed_first = now - REPORT_DELAY_S > tracked.first_due
+            if progress.output_tokens:
+                tracked.hands_over = False  # it was not asked about, and stays
             tracked.prefilled = progress.prefilled_tokens
             tracked.output_tokens = max(tracked.output_tokens, progress.output_tokens)
             self._count(tracked)

@@ -46,7 +46,8 @@ class Demand:
         self.prefill_slow.add(prefill_s, now)
         self.decode_work.add(decode_s, now)
         self.c0 = c0
-        self.paces[pace_s] = now
+        if pace_s > c0:  # one that nobody can keep says nothing of the others
+            self.paces[pace_s] = now
 
     def prefill(self, now: float) -> float:
         """Instances that the prompts keep busy: the larger of two rates, so that bursts count at once and are not

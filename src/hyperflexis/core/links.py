@@ -37,16 +37,11 @@ class Split:
 
 @dataclass(slots=True, eq=False)
 class Links:
-    """All links of a model's instances. ``known`` has those that differ from ``usual``, by (source, target)."""
+    """The ports of a model's instances, all alike, and until when each is taken."""
 
     usual: Link = field(default_factory=Link)
-    known: dict[tuple[str, str], Link] = field(default_factory=dict)
     sends_until: dict[str, float] = field(default_factory=dict)
     receives_until: dict[str, float] = field(default_factory=dict)
-
-    def link(self, source: str, target: str) -> Link:
-        """The link between two instances."""
-        return self.known.get((source, target), self.usual)
 
     def backlog_s(self, source: str, target: str, now: float) -> float:
         """Seconds until a transfer could begin."""
@@ -55,18 +50,16 @@ class Links:
     def exposed_s(self, source: str, target: str, size: float, left_s: float, last: float, now: float) -> float:
         """Seconds between the end of a prompt, in ``left_s``, and the arrival of its KV of ``size`` bytes, which leaves
         while it is computed but for the ``last`` bytes."""
-        link = self.link(source, target)
+        link = self.usual
         early_s = self.backlog_s(source, target, now) + size / link.bytes_per_s - left_s
         return link.latency_s + max(early_s, last / link.bytes_per_s)
 
     def add(self, source: str, target: str, size: float, now: float) -> None:
         """A transfer of ``size`` bytes is under way."""
-        until = now + self.backlog_s(source, target, now) + size / self.link(source, target).bytes_per_s
+        until = now + self.backlog_s(source, target, now) + size / self.usual.bytes_per_s
         self.sends_until[source] = self.receives_until[target] = until
 
     def forget(self, instance: str) -> None:
         """An instance is gone."""
         self.sends_until.pop(instance, None)
         self.receives_until.pop(instance, None)
-        for pair in [pair for pair in self.known if instance in pair]:
-            del self.known[pair]

@@ -28,6 +28,7 @@ def sequence_of(request: Generate, now: float, payload: object) -> Sequence:
         last_due=_at(now, request.last_due_s),
         expected_output_tokens=request.expected_output_tokens,
         payload=payload,
+        reported_before=request.reported_before,
         hands_over=request.hands_over,
     )
 

@@ -234,6 +234,7 @@ class Choice:
         self._done = False
         self._first_at: float | None = None
         self._last_at = 0.0
+        self._base = 0  # tokens before the controller placed it last
         self._heard = 0  # the newest attempt that gave something new
         self._text_offset = 0
         self._detokenizer = None if intake.text is None else intake.text.detokenizer(prompt.tail)
@@ -257,10 +258,9 @@ class Choice:
         at = self._placements.newest
         if at is None:
             return None
-        before = self._stream.first_of(at.attempt)
-        sent, order = self._sent(before), at.order
+        sent, order = self._sent(self._base), at.order
         request = continued(self._request, sent)
-        return OpenRequest(request, self._age_s(), order.instance, order.epoch, self.num_tokens - before, sent)
+        return OpenRequest(request, self._age_s(), order.instance, order.epoch, self.num_tokens - self._base, sent)
 
     def wait_s(self) -> float | None:
         """See links.Asker."""
@@ -269,7 +269,9 @@ class Choice:
     def dispatched(self, dispatch: Dispatch) -> None:
         """See links.Asker."""
         self.dispatch = dispatch
-        self._placements.open(self._stream.begin(), dispatch)
+        attempt = self._stream.begin()
+        self._base = self._stream.first_of(attempt)
+        self._placements.open(attempt, dispatch)
 
     def hand_over(self, handoff: Handoff) -> None:
         """See links.Asker."""
@@ -338,6 +340,7 @@ class Choice:
             body=intake.body,
             hands_over=hands_over,
             kv=kv,
+            reported_before=before - self._base,
         )
 
     def tokens(
@@ -395,6 +398,9 @@ class Choice:
                 self._complete(finish.reason)
             case "invalid" if not before and isinstance(self._placements.order(attempt), Dispatch):
                 self._answer.fail(api.ApiError(400, finish.message, code="invalid_request"))
+            case "refused" if isinstance(self._placements.order(attempt), Handoff):
+                # It did not get the KV, and may well get the request: that is not what to avoid.
+                self._lose(attempt, f"refused: {finish.message}", failed=True)
             case "handed":
                 self._lose(attempt, "handed over to an instance that was lost", failed=False)
             case "moved":

@@ -23,13 +23,13 @@ from .budget import CAP_S, PACE_MARGIN
 from .place import PlaceMemory
 
 LOSS_WEIGHT = 10.0
+"""What a loss of all of the time would cost, in paces."""
 MOVE = 0.5
 """What a handoff costs besides its time, in paces: where c0 is small there is little to win by one, and the instance
 that has the KV is as good as any."""
 OWN = 0.3
 """Share of the loss that counts where the request is the one that loses. In simulation 0 / 0.3 / 1 give 92.7 / 92.8 /
 92.0% on time on Ascend (load 1.2) and 91.4 / 97.3 / 96.7% with Llama-2-70B on H100 (load 1.1), roles adaptive."""
-"""What a loss of all of the time would cost, in paces."""
 LAYERS = 32
 """KV leaves layer by layer: what is left when a prompt ends is about one of so many."""
 

@@ -14,9 +14,10 @@ That is worth a role from SAVING on. Below, or where decodes need all instances,
 
 One more comes when that was right GROW times in a row, a second apart: what decodes need is known late, as answers end.
 One less when decodes need it SHRINK times in a row; at once when they lack more than half an instance. For want of
-prompts alone none goes: it does no harm. A role is kept for DWELL_S. A transition moves no weights, and nobody: what
-decodes on an instance that turns to prompts is decoded to its end there. In simulation pure decode instances only harm:
-bursts of prompts find them closed."""
+prompts alone none goes: it does no harm. A role is kept for DWELL_S. A transition moves no weights;
+what decodes on an instance that turns to prompts goes on elsewhere with its KV where its pace can be kept, else to its
+end there. In simulation pure decode instances only harm: bursts of prompts find them closed.
+"""
 
 from __future__ import annotations
 

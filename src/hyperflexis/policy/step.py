@@ -30,6 +30,8 @@ from .waiting import Waiting, Waits, leftover_rank
 PROMISE_SHARE = 0.4
 """Where nothing decodes an iteration lasts at most this share of the tightest time to first token: who comes in its
 course waits for its end, and must have time left for an own one."""
+LEAST_C0 = 3.0
+"""But no less than three times what an empty one costs: a promise that cannot be kept must not slow all others down."""
 MIN_CHUNK = 32
 """Smallest chunk worth a place in an iteration, unless it finishes its prompt: a sliver costs more than it brings."""
 LATE_KV_SHARE = 0.3
@@ -97,7 +99,7 @@ def plan(
     tightest = list(running.tightest(now, decode_s))
     budget_s = budget.iteration_s(now, tightest, decode_s, latency.q90)
     if not decodes:
-        budget_s = min(budget_s, PROMISE_SHARE * waiting.promise_s)
+        budget_s = min(budget_s, max(PROMISE_SHARE * waiting.promise_s, LEAST_C0 * latency.c0))
     share = max(1.0 - decode_s / budget_s, 0.05) if budget_s > 0.0 else 0.05
     queue = _Queue(now, waiting, latency, share)
     budget_s = min(budget_s, _thrifty_s(queue, budget_s, decodes, kv_tokens, latency))

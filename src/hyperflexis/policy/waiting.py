@@ -111,10 +111,10 @@ class Waiting(Generic[W]):
         """True when that request has been given up."""
         return id in self._jobs and id not in self._open_place
 
-    def add(self, job: W) -> None:
-        """A request that waits from now on: a new one, or one that was preempted."""
+    def add(self, job: W, fresh: bool = False) -> None:
+        """A request that waits from now on: a ``fresh`` one, or one that was preempted or came from elsewhere."""
         self._jobs[job.id] = job
-        if job.next_due > job.arrived_at:
+        if fresh and job.next_due > job.arrived_at:
             self.promises_s.append(job.next_due - job.arrived_at)
         if job.arrived_at < self._newest:
             self._jobs = {one.id: one for one in sorted(self._jobs.values(), key=_ARRIVED_AT)}

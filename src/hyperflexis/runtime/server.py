@@ -247,12 +247,19 @@ class Server:
             now = self._clock()
             # When this process itself stood still, reports wait to be read: they come first.
             if now - last < 2.0 * WATCH_S:
-                effects = self._controller.handle(Tick(), now)
-                if effects:
-                    self.journal.append(now, Tick(), effects)
-                for effect in effects:
-                    self._run(effect)
+                try:
+                    self._look(now)
+                except Exception:
+                    # One look that fails must not be the last: who hangs is found by the next.
+                    _log.exception("the watch over the instances failed")
             last = now
+
+    def _look(self, now: float) -> None:
+        effects = self._controller.handle(Tick(), now)
+        if effects:
+            self.journal.append(now, Tick(), effects)
+        for effect in effects:
+            self._run(effect)
 
     def fleet(self) -> wire.Fleet:
         """What is ready now."""

@@ -3,6 +3,7 @@
     target -> source   Open                      which request, from which token on, how its KV is laid out
     source -> target   Opened | Gone             it comes | it does not, and why
     source -> target   Piece, Piece, ...         KV of a layer for some tokens, as it is computed
+    source -> target   Alive                     nothing has been computed for a second
     source -> target   Offer                     all has been sent; these tokens were put out meanwhile
     target -> source   Accept | Refuse           it runs there now | it does not, and why
 
@@ -38,7 +39,8 @@ from . import shm, tcp
 from .tcp import SMALL_HEADER, SocketChannel
 from .transport import MAX_PAYLOAD, PEER_LIMIT_S, Channel, Frame
 
-VERSION = 1
+VERSION = 2
+ALIVE_S, RETRY_S = 1.0, 0.1
 MAX_HANDOFFS = 64
 """From one source at once; what is asked for beyond that is refused."""
 _log = logging.getLogger(__name__)
@@ -89,6 +91,10 @@ class Gone(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
+class Alive(msgspec.Struct, frozen=True, tag=True):
+    """There is nothing to send now: a target that hears nothing at all takes its source for dead."""
+
+
 class Offer(msgspec.Struct, frozen=True, tag=True):
     """The request stands still at the source and is the target's to take. ``token_ids`` are those beyond the
     ``num_tokens`` that the target knows, the first of which was put out ``age_s`` ago (None: there is none);
@@ -118,7 +124,7 @@ class Refusal(Exception):
 _PIECE = msgspec.msgpack.Decoder(Piece)
 _OPEN = msgspec.msgpack.Decoder(Open)
 _ANSWER = msgspec.msgpack.Decoder(Opened | Gone)
-_NEWS = msgspec.msgpack.Decoder(Offer | Gone)
+_NEWS = msgspec.msgpack.Decoder(Offer | Gone | Alive)
 _VERDICT = msgspec.msgpack.Decoder(Accept | Refuse)
 _encode = msgspec.msgpack.encode
 
@@ -258,7 +264,10 @@ class Outgoing:
     def _send(self) -> None:
         try:
             while (found := self._next()) is not None:
-                self._send_piece(*found)
+                if found == ():
+                    self._channel.send(_encode(Alive()))
+                else:
+                    self._send_piece(*found)
             match self.state:
                 case SourceState.GONE:
                     self._channel.send(_encode(Gone(self.reason)))
@@ -273,8 +282,8 @@ class Outgoing:
             self._broke(f"the KV cannot be read: {error}")
         self._channel.close()
 
-    def _next(self) -> tuple[Piece, Give] | None:
-        """The next piece, once there is one; None when no more comes."""
+    def _next(self) -> tuple[Piece, Give] | tuple[()] | None:
+        """The next piece, once there is one; nothing when there is none for long; None when no more comes."""
         with self._changed:
             machine = self._machine
             while not machine.is_over:
@@ -284,7 +293,8 @@ class Outgoing:
                 if machine.state is SourceState.PARKED:
                     machine.offer()
                     return None
-                self._changed.wait()
+                if not self._changed.wait(ALIVE_S):
+                    return ()
             return None
 
     def _send_piece(self, piece: Piece, give: Give) -> None:
@@ -349,13 +359,14 @@ class KvServer:
         self._lock = threading.Lock()
         self._threads: dict[threading.Thread, SocketChannel] = {}
         self._handoffs: dict[threading.Thread, Outgoing] = {}
-        self._closed = False
+        self._closed = self._closing = False
         self._socket, self.address = tcp.listen(address)
         self._listener = threading.Thread(target=self._accept, name="kv-listen", daemon=True)
         self._listener.start()
 
     def close(self) -> None:
         """Cut all handoffs and free the address. Returns when no thread is left."""
+        self._closing = True
         with contextlib.suppress(OSError):
             self._socket.shutdown(SHUT_RDWR)
         self._socket.close()
@@ -373,8 +384,13 @@ class KvServer:
         while True:
             try:
                 sock, _ = self._socket.accept()
-            except OSError:
-                return  # closed
+            except OSError as error:
+                if self._closing:
+                    return
+                # Too many open files, say: others may be closed soon.
+                _log.warning("nobody can ask for KV now: %s", error)
+                time.sleep(RETRY_S)
+                continue
             channel = SocketChannel(sock, SMALL_HEADER, 0)
             thread = threading.Thread(target=self._serve, args=(channel,), name="kv-source", daemon=True)
             with self._lock:
@@ -467,10 +483,19 @@ News = NeedsRoom | Offered | Failed
 
 class Incoming:
     """One handoff at its target. ``ask`` goes to the source at ``address``. ``take`` is called for as many tokens as
-    ``grow`` has said, none at first; ``tell``, from a thread, with what the engine's event loop has to decide."""
+    ``grow`` has said, none at first; ``tell``, from a thread, with what the engine's event loop has to decide. A source
+    that says nothing for ``silent_s`` seconds is taken for dead."""
 
-    def __init__(self, address: str, ask: Open, take: Take, tell: Callable[[Incoming, News], None]) -> None:
+    def __init__(
+        self,
+        address: str,
+        ask: Open,
+        take: Take,
+        tell: Callable[[Incoming, News], None],
+        silent_s: float = PEER_LIMIT_S,
+    ) -> None:
         self.ask = ask
+        self._silent_s = silent_s
         self._address = address
         self._room = 0
         self._take = take
@@ -548,14 +573,13 @@ class Incoming:
         ring = shm.make_ring() if tcp.is_local(self._address) else None
         if ring is not None:
             stack.callback(ring.close)
-        control.limit_receive(PEER_LIMIT_S)
+        control.limit_receive(self._silent_s)
         control.send(_encode(msgspec.structs.replace(self.ask, ring=ring is not None)))
         if ring is not None:
             shm.pass_ring(control.sock, ring)
         answer = control.receive(lambda frame: _ANSWER.decode(frame.header))
         if isinstance(answer, Gone):
             raise Refusal(answer.reason)
-        control.limit_receive(None)
         return shm.RingTarget(control, ring) if ring is not None and answer.ring else control
 
     def _converse(self, channel: Channel) -> None:
@@ -579,9 +603,12 @@ class Incoming:
         if frame.payload:
             self._take_piece(_PIECE.decode(frame.header), frame)
             return None
-        news: Offer | Gone = _NEWS.decode(frame.header)
-        if isinstance(news, Gone):
-            raise Refusal(news.reason)
+        news: Offer | Gone | Alive = _NEWS.decode(frame.header)
+        match news:
+            case Gone(reason):
+                raise Refusal(reason)
+            case Alive():
+                return None
         return news
 
     def _take_piece(self, piece: Piece, frame: Frame) -> None:

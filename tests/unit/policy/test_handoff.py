@@ -86,11 +86,6 @@ def test_what_leaves_while_the_prompt_is_computed_is_not_waited_for():
     assert links.backlog_s("p", "other", 0.25) == 0.0
 
 
-def test_links_may_differ():
-    links = Links(Link(0.001, 1e9), {("p", "near"): Link(0.0, 1e12)})
-    assert links.exposed_s("p", "near", 1e9, 0.0, 0.0, 0.0) < 0.01 < links.exposed_s("p", "far", 1e9, 0.0, 0.0, 0.0)
-
-
 def test_baselines_look_at_no_promise():
     source = instance("p", share=1.0)
     ready = [instance("a", decodes=200, pace_s=0.01, kv=1.0), instance("b", kv=99_999.0)]

@@ -196,3 +196,25 @@ def test_victims():
     assert step.victim(0.0, [dear, cheap, lost]).id == "lost"
     assert step.victim(0.0, [dear, cheap]).id == "cheap"
     assert first_come.victim(0.0, [dear, cheap]).id == "dear"
+
+
+def _fresh(*promises):
+    found = Waiting()
+    for i, promise_s in enumerate(promises):
+        found.add(Request(str(i), 4000, next_due=promise_s), fresh=True)
+    return found
+
+
+def test_without_decodes_an_iteration_leaves_a_newcomer_time_for_its_own():
+    plan = step.plan(0.0, _fresh(0.2, 9.0), _running(), MODEL, LIMITS)
+    assert plan.budget_s == 0.4 * 0.2
+    waiting = _fresh(9.0)
+    waiting.add(Request("back", 4000, next_due=0.001))
+    assert step.plan(0.0, waiting, _running(), MODEL, LIMITS).budget_s > 0.1, "only what is new makes a promise"
+
+
+def test_a_promise_that_cannot_be_kept_does_not_slow_the_others_down():
+    plan = step.plan(0.0, _fresh(0.001, 9.0), _running(), MODEL, LIMITS)
+    assert plan.budget_s == 3.0 * MODEL.c0
+    ((job, n),) = plan.prefills
+    assert job.id == "1" and n > 100

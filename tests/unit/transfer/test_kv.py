@@ -68,7 +68,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Source]:
 class Target:
     """Asks a source, has room for all, and keeps what it is told."""
 
-    def __init__(self, source: Source, room: int = 1 << 30, **ask: Any) -> None:
+    def __init__(self, source: Source, room: int = 1 << 30, silent_s: float = LIMIT_S, **ask: Any) -> None:
         self.news: queue.Queue[object] = queue.Queue()
         self.memory = Memory()
         fields: dict[str, Any] = {
@@ -85,7 +85,7 @@ class Target:
         }
         self.ask = Open(**(fields | ask))
         self.room = room
-        self.incoming = Incoming(source.server.address, self.ask, self.memory.take, self.told)
+        self.incoming = Incoming(source.server.address, self.ask, self.memory.take, self.told, silent_s)
         self.incoming.grow(room)
 
     def told(self, incoming: Incoming, news: object) -> None:
@@ -125,6 +125,38 @@ def test_kv_leaves_layer_by_layer_as_it_is_computed_and_is_accepted(source: Sour
     assert outgoing.state is SourceState.OFFERED
     target.incoming.accept()
     assert source.ended() is SourceState.HANDED
+
+
+def test_a_source_that_has_nothing_to_send_says_that_it_lives(source: Source) -> None:
+    target, memory = Target(source, silent_s=2.0 * kv.ALIVE_S), Memory(200)
+    outgoing = admitted(source, memory, 30)
+    with pytest.raises(queue.Empty):
+        target.news.get(timeout=3.5 * kv.ALIVE_S)
+    outgoing.computed(100)
+    assert outgoing.park(100, [7], 0.0, b"")
+    assert isinstance(target.hears(), Offered)
+    target.incoming.accept()
+    assert source.ended() is SourceState.HANDED
+
+
+def test_a_source_that_is_silent_is_taken_for_dead() -> None:
+    listener, address = tcp.listen("127.0.0.1:0")
+    target = Target(replace_address(address), silent_s=0.2)  # nobody answers there
+    assert isinstance(target.hears(), Failed)
+    target.incoming.join()
+    sock, _ = listener.accept()
+    channel = SocketChannel(sock)
+    channel.receive(lambda frame: None)
+    again = Target(replace_address(address), silent_s=0.5)
+    sock, _ = listener.accept()
+    opened = SocketChannel(sock)
+    opened.receive(lambda frame: None)
+    opened.send(msgspec.msgpack.encode(kv.Opened(False)))
+    assert isinstance(again.hears(), Failed), "and stopped after it had answered"
+    again.incoming.join()
+    for one in (channel, opened):
+        one.release()
+    listener.close()
 
 
 def wait(holds: Any) -> None:
@@ -235,7 +267,7 @@ def test_kv_that_cannot_be_read_or_stored_is_a_failure_of_the_handoff_alone(sour
     ("ask", "why"),
     [
         ({"token": "wrong"}, "kv_token"),
-        ({"version": 99}, "version 1"),
+        ({"version": 99}, f"version {kv.VERSION}"),
         ({"instance": "there"}, "instance here"),
         ({"epoch": 4}, "epoch 3"),
         ({"layout": msgspec.structs.replace(LAYOUT, num_layers=5)}, "laid out otherwise"),
