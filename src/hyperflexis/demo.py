@@ -8,6 +8,8 @@
     6. one table, JSON, plots and a page
 
 The multiples follow from what the classes mean, and are the same for every policy, seed and machine.
+With ``--mode disaggregated`` instances have roles: under HyperFlexis as the load asks for, under every other policy
+half of them compute prompts alone and the others decode alone.
 Only one fleet is loaded at a time; the other sleeps and costs no CPU. This process is the client and nothing else.
 """
 
@@ -26,7 +28,6 @@ from pathlib import Path
 
 import aiohttp
 import yaml
-from prometheus_client.parser import text_string_to_metric_families
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -39,11 +40,14 @@ from .core.slo import Slo
 from .demo_measure import (
     MULTIPLES,
     Cost,
+    Counted,
     Idle,
     Multiples,
     Stopped,
+    counted,
     measure_cost,
     measure_idle,
+    metric,
     promises,
     sample,
     window_arrivals,
@@ -136,15 +140,21 @@ class FleetProcess:
 
     async def num_ready(self) -> int:
         """Instances that serve now, by the gateway's metrics; 0 when it does not answer."""
+        return int(metric(await self._metrics(), "instances_ready", model=self._model))
+
+    async def counted(self) -> Counted:
+        """What the gateway counted so far; nothing when it does not answer."""
+        return counted(await self._metrics())
+
+    async def _metrics(self) -> str:
         try:
             async with (
                 aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ASK_TIMEOUT_S)) as session,
                 session.get(f"{self.url}/metrics") as response,
             ):
-                text = await response.text()
+                return await response.text() if response.status == 200 else ""
         except (aiohttp.ClientError, TimeoutError, OSError):
-            return 0
-        return instances_ready(text, self._model) if response.status == 200 else 0
+            return ""
 
     def stop(self) -> None:
         """End it and its children: asked once, asked again, then killed."""
@@ -165,15 +175,6 @@ class FleetProcess:
         return " | ".join(lines[-5:]) + f" (all of it: {self._log})"
 
 
-def instances_ready(metrics: str, model: str) -> int:
-    """How many instances of ``model`` are ready, by the text of a gateway's ``/metrics``."""
-    for family in text_string_to_metric_families(metrics):
-        for found in family.samples:
-            if found.name == "hyperflexis_instances_ready" and found.labels.get("model") == model:
-                return int(found.value)
-    return 0
-
-
 def example(name: str) -> Path:
     """A file of ``examples``: inside an installed package, or at the top of the source tree."""
     package = Path(__file__).resolve().parent
@@ -190,6 +191,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--policies", default="round_robin,hyperflexis", metavar="A,B", help="default: %(default)s")
     add("--engine", choices=sorted(ENGINES), default="torch", help="torch computes; emulated keeps a profile's times")
     add("--profile", default="h100-llama-3.1-8b", help="profile of the emulated engine (default: %(default)s)")
+    add(
+        "--mode",
+        choices=("colocated", "disaggregated"),
+        default="colocated",
+        help="disaggregated: under HyperFlexis instances have the roles that the load asks for, under other policies "
+        "half of them compute prompts alone and half decode alone (default: %(default)s)",
+    )
     add("--instances", type=int, help="instances of each fleet (default: 2; emulated: 4)")
     add(
         "--workload",
@@ -212,6 +220,7 @@ class Plan:
 
     seed: int
     policies: tuple[str, ...]
+    mode: str
     engine: str
     profile: str
     instances: int
@@ -221,10 +230,21 @@ class Plan:
     json: str | None
     workload: Workload
 
+    def roles(self, policy: str) -> dict[str, object]:
+        """The keys of the fleet file's model that say how its instances share the work."""
+        if self.mode == "colocated":
+            return {}
+        prefill = self.num_prefill(policy)
+        return {"mode": self.mode} | ({} if prefill is None else {"prefill": prefill, "roles": "static"})
+
+    def num_prefill(self, policy: str) -> int | None:
+        """How many instances of a disaggregated fleet compute prompts alone; None: as many as the load asks for."""
+        return None if policy.partition("@")[0] == "hyperflexis" else self.instances // 2
+
 
 def main(args: argparse.Namespace) -> int:
     """Run `hyperflexis demo`; 130 when Ctrl-C ended it."""
-    plan = _plan(args)
+    plan = make_plan(args)
     to_stderr = plan.json == "-"
     console = Console(stderr=to_stderr)
     if not console.is_terminal:
@@ -249,7 +269,7 @@ def main(args: argparse.Namespace) -> int:
         )
     model = _model(plan, args.model_dir, console)
     fleets = [
-        FleetProcess(policy, plan.out / "fleets" / policy, model, plan.instances, plan.workload)
+        FleetProcess(policy, plan.out / "fleets" / policy, model | plan.roles(policy), plan.instances, plan.workload)
         for policy in plan.policies
     ]
     try:
@@ -264,7 +284,8 @@ def main(args: argparse.Namespace) -> int:
             fleet.stop()
 
 
-def _plan(args: argparse.Namespace) -> Plan:
+def make_plan(args: argparse.Namespace) -> Plan:
+    """The plan of a command line. Raises ConfigError for what does not go."""
     engine = ENGINES[args.engine]
     policies = tuple(split_specs(args.policies))
     for policy in policies:
@@ -281,6 +302,8 @@ def _plan(args: argparse.Namespace) -> Plan:
     ):
         if not 0 < value < float("inf"):
             raise ConfigError(f"{name} {value:g} must be above 0")
+    if args.mode == "disaggregated" and instances < 2:
+        raise ConfigError(f"--instances {instances}: a disaggregated fleet needs two at least")
     workload = load_workload(args.workload or example(engine.workload), parse_csv_options(args.csv))
     if any(c.tenant or c.model for c in workload.classes):
         raise ConfigError(f"{workload.name}: the demo's fleets have one model and no tenants; remove those keys")
@@ -291,6 +314,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     return Plan(
         seed=args.seed,
         policies=policies,
+        mode=args.mode,
         engine=args.engine,
         profile=args.profile,
         instances=instances,
@@ -344,9 +368,10 @@ async def _drive(
     slos = promises(idle) if plan.engine == "torch" else {c.name: c.slo for c in plan.workload.classes}
     workload = with_slos(plan.workload, slos)
     console.print(_promise_table(idle, workload, with_multiples=plan.engine == "torch"))
-    # Capacity is the engine's, so it is measured once, under the policy that comes first.
+    # Capacity is the engine's, so it is measured once, under the policy that comes first; where instances have roles,
+    # under the first one that lets all of them do both.
     with console.status("measuring what the fleet can carry"):
-        target = targets[plan.policies[0]]
+        target = targets[min(plan.policies, key=lambda policy: "roles" in plan.roles(policy))]
         cost = await measure_cost(
             target, workload, idle, plan.instances, engine.in_flight, engine.saturation_s, plan.seed, stop
         )
@@ -360,6 +385,7 @@ async def _drive(
     )
     of_policy = {fleet.policy: fleet for fleet in fleets}
     runs: dict[str, list[Run]] = {policy: [] for policy in plan.policies}
+    counts = dict.fromkeys(plan.policies, Counted())
     lags: list[float] = []
     for pair in range(plan.windows):
         seed = plan.seed * 1000 + pair
@@ -372,10 +398,12 @@ async def _drive(
                     "its figures are those of a smaller fleet.",
                     style="yellow",
                 )
+            before = await of_policy[policy].counted()
             with ProgressView(console, f"window {pair + 1}/{plan.windows} {policy}") as view:
                 result = await run_bench(arrivals, workload.duration_s, targets[policy], seed, view.show, stop)
             if result.stopped:
                 raise Stopped
+            counts[policy] = counts[policy].plus(before, await of_policy[policy].counted())
             runs[policy].append(result.run)
             lags.append(result.client_lag_p99_s)
             one = summarise([result.run])
@@ -385,13 +413,15 @@ async def _drive(
                 f"{100 * (one.attainment or 0):.0f}% on time, drained {drained_s:.0f} s after the last arrival",
                 highlight=False,
             )
-    _report(plan, runs, idle, workload, cost, capacity_rps, max(lags), what, facts, console, time.monotonic() - began)
+    elapsed_s = time.monotonic() - began
+    _report(plan, runs, counts, idle, workload, cost, capacity_rps, max(lags), what, facts, console, elapsed_s)
     return 0
 
 
 def _report(
     plan: Plan,
     runs: dict[str, list[Run]],
+    counts: dict[str, Counted],
     idle: Idle,
     workload: Workload,
     cost: Cost,
@@ -406,6 +436,11 @@ def _report(
     summaries = {policy: summarise(found, accelerator_s[policy]) for policy, found in runs.items()}
     title = f"{workload.name}, seed {plan.seed}, load {plan.load:g}, {plan.instances} instances, times at the client"
     console.print(table(summaries, title))
+    stages = (
+        {} if plan.mode == "colocated" else {policy: stage_line(plan, policy, one) for policy, one in counts.items()}
+    )
+    for line in stages.values():
+        console.print(line, highlight=False)
     profile = plan.profile if plan.engine == "emulated" else None
     promised = {
         c.name: {"ttft_s": c.slo.ttft_s, "tpot_s": c.slo.tpot_s, "e2e_s": c.slo.e2e_s, "priority": c.priority}
@@ -424,6 +459,8 @@ def _report(
         "client_lag_p99_ms": 1e3 * lag_s,
         "elapsed_s": elapsed_s,
     }
+    if stages:
+        figures |= {"mode": plan.mode, "gateway": counts}
     write_json(figures, str(plan.out / "summary.json"))
     write_json(runs, str(plan.out / "records.json"))
     described = {
@@ -436,7 +473,9 @@ def _report(
         "idle": "; ".join(f"{n} TTFT {1e3 * t:.0f} ms" for n, t in idle.ttft_s.items())
         + f"; TPOT {1e3 * idle.tpot_s:.1f} ms",
     } | facts
-    page = report.write(plan.out, "HyperFlexis demo", described, runs, [what, _verdict(plan, summaries)])
+    page = report.write(
+        plan.out, "HyperFlexis demo", described, runs, [what, _verdict(plan, summaries), *stages.values()]
+    )
     console.print(_verdict(plan, summaries), style="bold", highlight=False)
     if lag_s > 0.05:
         console.print(f"The client was up to {1e3 * lag_s:.0f} ms late (p99): the machine is busy with something else.")
@@ -444,6 +483,20 @@ def _report(
     # Last, so that a file that cannot be written costs nothing of the report.
     if plan.json:
         write_json(figures, plan.json)
+
+
+def stage_line(plan: Plan, policy: str, counted: Counted) -> str:
+    """One line of what the gateway counted: both promises by stage, and handoffs."""
+    prefill = plan.num_prefill(policy)
+    roles = (
+        "roles as the load asks" if prefill is None else f"{prefill} for prompts, {plan.instances - prefill} to decode"
+    )
+    requests = max(counted.requests, 1)
+    failed = f", {counted.failed_handoffs} failed" if counted.failed_handoffs else ""
+    return (
+        f"{policy} ({roles}), at the gateway: first token in time {100 * counted.ttft_attained / requests:.1f}%, "
+        f"pace kept {100 * counted.tpot_attained / requests:.1f}%, {counted.handed} handoffs{failed}."
+    )
 
 
 def _verdict(plan: Plan, summaries: dict[str, Summary]) -> str:

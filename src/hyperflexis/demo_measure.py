@@ -1,4 +1,4 @@
-"""What the demo measures before it compares: one request alone, and what a fleet can carry.
+"""What the demo measures beside its windows: one request alone, what a fleet can carry, and what its gateway counted.
 
 Promises follow from the first, the rate from the second, so that a demo means the same on any machine.
 """
@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import inf
 from random import Random
 from statistics import median
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from .bench_client import Client, Target
 from .core.record import Record
@@ -68,6 +70,44 @@ class Idle:
     ttft_s: dict[str, float]
     tpot_s: float
     lengths: dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """What a gateway counted: requests that ended (but for those that the client cancelled), those of them whose first
+    token came in time, and that kept their pace, and handoffs by outcome."""
+
+    requests: int = 0
+    ttft_attained: int = 0
+    tpot_attained: int = 0
+    handed: int = 0
+    failed_handoffs: int = 0
+
+    def plus(self, before: Counted, after: Counted) -> Counted:
+        """This, and what came between two looks at a gateway."""
+        names = [one.name for one in fields(self)]
+        return Counted(*(getattr(self, name) + getattr(after, name) - getattr(before, name) for name in names))
+
+
+def metric(page: str, name: str, **labels: str) -> float:
+    """The sum of all series of a metric, of the text of a gateway's ``/metrics``, that have these labels."""
+    return sum(
+        found.value
+        for family in text_string_to_metric_families(page)
+        for found in family.samples
+        if found.name == f"hyperflexis_{name}" and labels.items() <= found.labels.items()
+    )
+
+
+def counted(page: str) -> Counted:
+    """What the text of a gateway's ``/metrics`` says."""
+    return Counted(
+        requests=int(metric(page, "requests_total") - metric(page, "requests_total", outcome="cancelled")),
+        ttft_attained=int(metric(page, "slo_ttft_attained_total")),
+        tpot_attained=int(metric(page, "slo_tpot_attained_total")),
+        handed=int(metric(page, "handoffs_total", outcome="handed")),
+        failed_handoffs=int(metric(page, "handoffs_total", outcome="failed")),
+    )
 
 
 async def measure_idle(targets: Sequence[Target], workload: Workload, seed: int, stop: asyncio.Event) -> Idle:

@@ -225,7 +225,8 @@ def test_ten_thousand_streams_under_random_faults_end_once_with_all_their_tokens
     assert (result.counters.handoffs > 1000) == (split is not None)
     outcomes = Counter(record.outcome for record in result.run.records)
     assert outcomes.total() == 10_000 and set(outcomes) <= {"finished", "rejected", "failed"}
-    assert outcomes["finished"] > 9_900, outcomes
+    # With a split each request needs two instances, and gives up after three failures all the same.
+    assert outcomes["finished"] > (9_900 if split is None else 9_700), outcomes
     for record in result.run.records:
         if record.outcome == "finished":
             assert record.received_tokens == record.num_output_tokens
