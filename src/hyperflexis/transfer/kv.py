@@ -41,6 +41,8 @@ from .transport import MAX_PAYLOAD, PEER_LIMIT_S, Channel, Frame
 
 VERSION = 2
 ALIVE_S, RETRY_S = 1.0, 0.1
+LINGER_S = 2.0
+"""How long a source may take to hear a refusal while it still sends."""
 MAX_HANDOFFS = 64
 """From one source at once; what is asked for beyond that is refused."""
 _log = logging.getLogger(__name__)
@@ -503,6 +505,7 @@ class Incoming:
         self._machine = Target(ask.layout.num_layers, ask.start)
         self._changed = threading.Condition()
         self._channel: SocketChannel | None = None
+        self._waits_for_room = False
         self._reason = ""
         self._thread = threading.Thread(target=self._run, name="kv-target", daemon=True)
         self._thread.start()
@@ -523,7 +526,8 @@ class Incoming:
         """It does not: it was cancelled, or there is no room. When this returns, nothing is written into its memory any
         more."""
         with self._changed:
-            if self._machine.state is TargetState.RECEIVING and self._channel is not None:
+            receives = self._machine.state is TargetState.RECEIVING and not self._waits_for_room
+            if receives and self._channel is not None:
                 self._channel.stop_receiving()
             self._machine.refuse()
             self._reason = reason
@@ -560,6 +564,8 @@ class Incoming:
                 # The source may have made its offer, and would not know by silence that it has the request.
                 with contextlib.suppress(OSError):
                     channel.send(_encode(Refuse(self._reason or reason)))
+                    assert self._channel is not None
+                    self._channel.drain(LINGER_S)
 
     def _open(self, stack: contextlib.ExitStack) -> Channel:
         """A channel on which the source sends KV. Raises Refusal when it does not, OSError, and ProtocolError."""
@@ -617,7 +623,9 @@ class Incoming:
         with self._changed:
             if piece.end > self._room:
                 self._tell(self, NeedsRoom(piece.end))
+                self._waits_for_room = True
                 self._changed.wait_for(lambda: piece.end <= self._room or self._machine.is_over)
+                self._waits_for_room = False
             # Under the lock, so that who refuses may give the memory away at once.
             self._machine.received(piece, frame.checksum)
             self._take(piece, frame.payload)

@@ -12,6 +12,7 @@ import os
 import socket
 import stat
 import struct
+import time
 from collections.abc import Callable
 from typing import TypeVar
 from zlib import crc32
@@ -91,6 +92,17 @@ class SocketChannel:
         """A ``receive`` under way raises OSError; what is sent still goes out."""
         with contextlib.suppress(OSError):  # the peer may have closed it
             self.sock.shutdown(socket.SHUT_RD)
+
+    def drain(self, limit_s: float) -> None:
+        """Say that nothing more comes, and throw away what still comes until the peer has closed, for ``limit_s`` at
+        most: a socket that is closed with data unread resets the connection, and the peer may never read what was said
+        last. Raises OSError."""
+        self.sock.shutdown(socket.SHUT_WR)
+        until = time.monotonic() + limit_s
+        while (left_s := until - time.monotonic()) > 0.0:
+            self.limit_receive(max(left_s, 1e-3))
+            if not self.sock.recv(1 << 16):
+                return
 
     def close(self) -> None:
         """See Channel."""
