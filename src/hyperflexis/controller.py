@@ -230,7 +230,9 @@ class Controller:
         if self.config.split is None or source is None or tracked is None or event.id not in source.requests:
             return []
         source.finish_prompt(tracked)
-        handoff = self._go_on_elsewhere(tracked, source, event.left_s, now)
+        ready = self.cluster.ready(source.info.model)
+        ready = [one for one in ready if one.prefill_share < 1.0 and one.info.kv_address]
+        handoff = self._go_on_elsewhere(tracked, source, ready, event.left_s, now)
         if handoff is None:
             source.keep(tracked)
             return []
@@ -239,15 +241,22 @@ class Controller:
     def _migrate(self, source: TrackedInstance, now: float) -> list[Effect]:
         """What decodes on an instance is to go on elsewhere, with its KV, where its pace can be kept."""
         decodes = [tracked for tracked in source.requests.values() if tracked.output_tokens]
-        found = (self._go_on_elsewhere(tracked, source, 0.0, now) for tracked in decodes)
+        others = [one for one in self.cluster.ready(source.info.model) if one.info.kv_address]
+        # Rather on an instance for prompts than nowhere.
+        ready = [one for one in others if one.prefill_share < 1.0] or others
+        found = (self._go_on_elsewhere(tracked, source, ready, 0.0, now) for tracked in decodes)
         return [handoff for handoff in found if handoff is not None]
 
     def _go_on_elsewhere(
-        self, tracked: TrackedRequest, source: TrackedInstance, left_s: float, now: float
+        self,
+        tracked: TrackedRequest,
+        source: TrackedInstance,
+        ready: list[TrackedInstance],
+        left_s: float,
+        now: float,
     ) -> Handoff | None:
-        """Bind a request whose prompt is computed in ``left_s`` to another instance, if one is better."""
+        """Bind a request whose prompt is computed in ``left_s`` to another of ``ready``, if one is better."""
         request, links = tracked.request, self.cluster.links
-        ready = [one for one in self.cluster.ready(request.model) if one.prefill_share < 1.0 and one.info.kv_address]
         if not ready or not source.info.kv_address:
             return None
         size = float((request.num_prompt_tokens + tracked.output_tokens) * source.info.kv_bytes_per_token)

@@ -249,6 +249,15 @@ def test_a_drained_instance_hands_over_what_decodes():
     assert handoff.expected_output_tokens < sent.expected_output_tokens
 
 
+def test_the_last_instance_that_decodes_is_drained_to_one_for_prompts():
+    c, _ = fleet()
+    ask(c, request("r"))
+    c.handle(ending(), 0.05)
+    c.handle(InstanceReported(report("i1", [RequestProgress("r", 500, 20)])), 0.2)
+    (handoff,) = [e for e in c.handle(DrainAsked("i1", 30.0), 0.3) if isinstance(e, Handoff)]
+    assert (handoff.source, handoff.instance) == ("i1", "i0")
+
+
 def test_roles_follow_what_is_needed_and_one_changes_at_a_time():
     slow = replace(info("x").latency, c0=0.03)  # at 50 ms a token c0 takes three fifths of the time
     c = Controller(ControllerConfig(("m",), split=Split()))
