@@ -138,7 +138,7 @@ def split_of(mode: str, instances: int) -> Split | None:
         case ["convertible"]:
             return Split(adapt=False)
         case ["static", prefill]:
-            return Split(int(prefill), instances - int(prefill), adapt=False)
+            return Split.of(instances, int(prefill), static=True)
         case _:
             raise ValueError(f"no mode {mode!r}")
 

@@ -63,15 +63,10 @@ def server_config(fleet: Fleet, state_dir: Path, term: int) -> tuple[ServerConfi
         policy=fleet.policy,
         observe=fleet.observe,
         max_backlog_s=fleet.limits.max_backlog_s,
-        split=_split(fleet, max(sizes)) if fleet.disaggregated else None,
+        # Of the largest model: in a smaller one there are fewer left to decode.
+        split=Split.of(max(sizes), fleet.prefill, fleet.static_roles) if fleet.disaggregated else None,
     )
     return server, controller
-
-
-def _split(fleet: Fleet, instances: int) -> Split:
-    # Of the largest model: in a smaller one there are fewer left to decode.
-    decode = instances - fleet.prefill if fleet.static_roles and fleet.prefill else 0
-    return Split(fleet.prefill, decode, adapt=not fleet.static_roles)
 
 
 def gateway_config(fleet: Fleet, state_dir: Path, index: int) -> GatewayConfig:

@@ -225,9 +225,7 @@ def _split(args: argparse.Namespace) -> Split | None:
         raise ConfigError("--mode auto chooses the roles itself: leave out --prefill and --roles static")
     if args.prefill is not None and not 1 <= prefill < args.instances:
         raise ConfigError(f"--prefill {prefill} must be from 1 to {args.instances - 1}: some instance has to decode")
-    static = args.roles == "static"
-    decode = args.instances - prefill if static and prefill else 0
-    return Split(prefill, decode, not static, Link(bytes_per_s=link_gbps * 1e9 / 8.0))
+    return Split.of(args.instances, prefill, args.roles == "static", Link(bytes_per_s=link_gbps * 1e9 / 8.0))
 
 
 def parse_loads(text: str) -> tuple[float, ...]:

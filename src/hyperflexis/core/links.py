@@ -34,6 +34,11 @@ class Split:
     adapt: bool = True
     link: Link = field(default_factory=Link)
 
+    @classmethod
+    def of(cls, instances: int, prefill: int, static: bool, link: Link | None = None) -> Split:
+        """``prefill`` of so many instances for prompts. Where roles are ``static`` and some are, the others decode."""
+        return cls(prefill, instances - prefill if static and prefill else 0, not static, link or Link())
+
 
 @dataclass(slots=True, eq=False)
 class Links:
