@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import http.client
 import json
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -57,6 +59,10 @@ FLUSH_S = 1.5
 DUTY_S = (0.01, 0.09)
 """A process that runs and stands still for so long in turn is ten times as slow."""
 SLOW_FACTOR = 10.0
+PIDFD_GETFD = 438
+"""The system call's number, the same on every architecture (Linux 5.6)."""
+CONNECTED = "03"
+"""A socket's state in /proc/net/unix."""
 SLO = Slo(ttft_s=5.0, tpot_s=0.2)
 
 
@@ -135,6 +141,14 @@ class Fleet:
     def signal_victim(self, number: signal.Signals) -> None:
         assert self._victim is not None
         os.kill(self._victim.pid, number)
+
+    def reset_victim(self) -> None:
+        """Cut the connections that the victim has accepted, the gateway's among them; it lives, and is not told why."""
+        assert self._victim is not None
+        path = f"{socket_dir(self.state_dir)}/victim.sock"
+        cut = cut_accepted(self._victim.pid, path)
+        if not cut:
+            raise SystemExit(f"the victim has no connection at {path} to cut")
 
     def kill_controller(self) -> None:
         children = json.loads((self.state_dir / "state.json").read_text())["children"]
@@ -236,6 +250,29 @@ def rebuilt_s(fleet: Fleet) -> float:
     return max(joined)
 
 
+def cut_accepted(pid: int, path: str) -> int:
+    """Shut down each connection that a process has accepted at a socket's path; returns how many. Linux only."""
+    lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    inodes = {fields[6] for fields in lines if fields[7:] == [path] and fields[5] == CONNECTED}
+    process = os.pidfd_open(pid)
+    libc = ctypes.CDLL(None, use_errno=True)
+    cut = 0
+    try:
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if os.readlink(link).removeprefix("socket:[").removesuffix("]") not in inodes:
+                    continue
+            copy = libc.syscall(PIDFD_GETFD, process, int(link.name), 0)
+            if copy < 0:
+                raise OSError(ctypes.get_errno(), f"cannot take the victim's connections: {path}")
+            with socket.socket(fileno=copy) as connection:
+                connection.shutdown(socket.SHUT_RDWR)
+            cut += 1
+    finally:
+        os.close(process)
+    return cut
+
+
 @contextlib.contextmanager
 def slowed(fleet: Fleet) -> Iterator[Callable[[], None]]:
     """Gives what makes the victim ten times as slow, by standing still nine tenths of the time."""
@@ -325,6 +362,7 @@ def measure(setup: Setup, folder: Path, count: int) -> Iterator[dict[str, Any]]:
 FAULTS: list[tuple[str, Callable[[Fleet], None], Fault | None]] = [
     ("SIGKILL", lambda fleet: fleet.signal_victim(signal.SIGKILL), Fault(0.0, 0, "kill", 60.0)),
     ("SIGSTOP", lambda fleet: fleet.signal_victim(signal.SIGSTOP), Fault(0.0, 0, "hang", 60.0)),
+    ("connection reset", lambda fleet: fleet.reset_victim(), None),
     ("ten times as slow", lambda fleet: None, Fault(0.0, 0, "slow", 60.0, SLOW_FACTOR)),
     ("hyperflexis drain", lambda fleet: fleet.drain_victim(), None),
     ("SIGTERM", lambda fleet: fleet.signal_victim(signal.SIGTERM), None),
