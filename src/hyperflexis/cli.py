@@ -86,6 +86,13 @@ def _instance_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         help="unix:PATH or HOST:PORT for other instances that go on with a request's KV (default: none)",
     )
+    add(
+        "--label",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="where it is: host, rack or zone; near instances are linked first (default: host is this one's name)",
+    )
     add("--controller", metavar="ADDRESS", help="unix:PATH or HOST:PORT of the fleet's controller (default: none)")
     add(
         "--step",

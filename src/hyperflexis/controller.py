@@ -3,7 +3,8 @@
     RequestArrived    -> Dispatch or Reject          a request is bound at arrival; past the limits it is refused
                          or nothing                  one that was accepted before waits for an instance
     RequestFinished   -> nothing                     its output's length is learnt
-    InstanceJoined    -> SetRole, Dispatch           READY, for those that wait; a newer epoch replaces an older
+    InstanceJoined    -> SetRole, SetLinks, Dispatch READY, for those that wait; a newer epoch replaces an older
+    InstanceLinked    -> Dispatch                    disaggregated: it is READY only once it is linked with the others
     InstanceReported  -> Dispatch                    progress, fitted latency; it lives, for those that wait
     InstanceLeft      -> nothing                     its gateways see their links break and ask where to go on
     GatewayJoined     -> nothing                     requests in flight are taken over (after a controller's restart)
@@ -20,6 +21,7 @@ The same code runs live, in the simulator and in replay. Time is an argument: se
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -34,6 +36,7 @@ from .core.effects import (
     Handoff,
     Reject,
     RejectReason,
+    SetLinks,
     SetRole,
     Suspect,
 )
@@ -46,6 +49,7 @@ from .core.events import (
     InstanceDraining,
     InstanceJoined,
     InstanceLeft,
+    InstanceLinked,
     InstanceReported,
     OpenRequest,
     PrefillEnding,
@@ -56,13 +60,14 @@ from .core.events import (
 from .core.instance import InstanceState
 from .core.latency import Coefficients
 from .core.lengths import LengthModel
-from .core.links import Links, Split
+from .core.links import KvSource, Links, Split
 from .core.request import Request, RequestState
 from .core.shares import FairShares
 from .core.stream import Sent, as_asked, due
 from .policy.budget import CAP_S
 from .policy.catalog import find_policy
 from .policy.handoff import Move
+from .policy.links import LINK_LIMIT_S, plan_links
 from .policy.place import PlaceMemory, Placement
 from .policy.roles import RolesMemory, plan_roles
 
@@ -139,12 +144,13 @@ class Controller:
             case InstanceLeft():
                 instance = self.cluster.current(event.id, event.epoch)
                 if instance is not None:
-                    self._instance_left(instance)
+                    return self._instance_left(instance)
+            case InstanceLinked():
+                return self._linked(event, now)
             case InstanceDraining():
                 instance = self.cluster.current(event.id, event.epoch)
-                if instance is not None and instance.takes_work:
-                    instance.move(InstanceState.DRAINING)
-                    return self._migrate(instance, now)
+                if instance is not None and instance.state is not InstanceState.DRAINING:
+                    return self._stop_placing(instance, now)
             case DrainAsked():
                 return self._drain(event, now)
             case GatewayJoined():
@@ -230,8 +236,7 @@ class Controller:
         if self.config.split is None or source is None or tracked is None or event.id not in source.requests:
             return []
         source.finish_prompt(tracked)
-        ready = self.cluster.ready(source.info.model)
-        ready = [one for one in ready if one.prefill_share < 1.0 and one.info.kv_address]
+        ready = [one for one in self._within_reach(source) if one.prefill_share < 1.0]
         handoff = self._go_on_elsewhere(tracked, source, ready, event.left_s, now)
         if handoff is None:
             source.keep(tracked)
@@ -241,11 +246,20 @@ class Controller:
     def _migrate(self, source: TrackedInstance, now: float) -> list[Effect]:
         """What decodes on an instance is to go on elsewhere, with its KV, where its pace can be kept."""
         decodes = [tracked for tracked in source.requests.values() if tracked.output_tokens]
-        others = [one for one in self.cluster.ready(source.info.model) if one.info.kv_address]
+        others = self._within_reach(source)
         # Rather on an instance for prompts than nowhere.
         ready = [one for one in others if one.prefill_share < 1.0] or others
         found = (self._go_on_elsewhere(tracked, source, ready, 0.0, now) for tracked in decodes)
         return [handoff for handoff in found if handoff is not None]
+
+    def _within_reach(self, source: TrackedInstance) -> list[TrackedInstance]:
+        """Where what is on ``source`` can go on: there, and where there is a link; where none was planned, if not."""
+        links = self.cluster.links
+        ready = [one for one in self.cluster.ready(source.info.model) if one.info.kv_address]
+        linked = [one for one in ready if one is source or links.is_up(source.id, one.id)]
+        if any(one is not source for one in linked):
+            return linked
+        return [one for one in ready if one is source or not links.is_planned(source.id, one.id)]
 
     def _go_on_elsewhere(
         self,
@@ -326,6 +340,7 @@ class Controller:
                 effects.append(SetRole(instance.id, instance.info.epoch, share, reason))
                 if share == 1.0:
                     effects += self._migrate(instance, now)
+                effects += self._link(instance)
         return effects
 
     def _first_role(self, instance: TrackedInstance, known: float | None, now: float) -> list[Effect]:
@@ -347,6 +362,60 @@ class Controller:
             share = CONVERTIBLE
         instance.prefill_share, instance.role_at = share, now
         return [SetRole(instance.id, instance.info.epoch, share, "it joins")]
+
+    def _link(self, instance: TrackedInstance) -> list[Effect]:
+        """Plan the links of an instance that joined, or whose role changed."""
+        links = self.cluster.links
+        new, given_up = plan_links(instance, self._linkable(instance), links)
+        for target, source in given_up:
+            links.drop(target, source)
+        for target, source in new:
+            links.plan(target, source)
+        return self._set_links(dict.fromkeys(target for target, _ in [*new, *given_up]))
+
+    def _unlink(self, instance: TrackedInstance) -> list[Effect]:
+        """It gets nothing more; what it has goes on elsewhere over the links from it."""
+        links = self.cluster.links
+        sources = list(links.table.get(instance.id, {}))
+        for source in sources:
+            links.drop(instance.id, source)
+        return self._set_links([instance.id] if sources else [])
+
+    def _linkable(self, instance: TrackedInstance) -> list[TrackedInstance]:
+        if self.config.split is None or not instance.info.kv_address:
+            return []
+        others = self.cluster.by_model[instance.info.model].values()
+        return [
+            one
+            for one in others
+            if one is not instance and one.info.kv_address and one.state is not InstanceState.DRAINING
+        ]
+
+    def _set_links(self, targets: Iterable[str]) -> list[Effect]:
+        instances, links = self.cluster.instances, self.cluster.links
+        effects: list[Effect] = []
+        for id in targets:
+            infos = [instances[source].info for source in links.table.get(id, {})]
+            sources = tuple(KvSource(info.kv_address, info.id, info.epoch) for info in infos)
+            effects.append(SetLinks(id, instances[id].info.epoch, sources))
+        return effects
+
+    def _linked(self, event: InstanceLinked, now: float) -> list[Effect]:
+        target = self.cluster.current(event.id, event.epoch)
+        source = self.cluster.current(event.source, event.source_epoch)
+        if target is None or source is None:
+            return []
+        self.cluster.links.heard(target.id, source.id, event.link)
+        return [effect for one in (target, source) for effect in self._become_ready(one, now)]
+
+    def _become_ready(self, instance: TrackedInstance, now: float) -> list[Effect]:
+        """A newcomer takes work once it is linked with the others, or has tried for LINK_LIMIT_S."""
+        waits = self.cluster.links.awaits(instance.id) and now - instance.role_at < LINK_LIMIT_S
+        if instance.state is not InstanceState.LOADING or waits:
+            return []
+        instance.move(InstanceState.READY)
+        instance.health.alive_at = now
+        return self._place_waiting(instance.info.model, now)
 
     def _enter(self, event: RequestArrived, now: float) -> TrackedRequest:
         """The request as WAITING. A known one is asked for again: its instance died or gave it back, or the answer was
@@ -421,24 +490,31 @@ class Controller:
 
     def _instance_joined(self, event: InstanceJoined, now: float) -> list[Effect]:
         info = event.info
+        effects: list[Effect] = []
         known = self.cluster.instances.get(info.id)
         if known is not None:
             if known.info.epoch > info.epoch:
                 return []
             if known.info == info:
                 return []  # the same instance after its link was cut
-            self._instance_left(known)
+            effects += self._instance_left(known)
         instance = self.cluster.join(info)
         instance.health.alive_at = now
-        for state in (InstanceState.STANDBY, InstanceState.LOADING, InstanceState.READY):
+        for state in (InstanceState.STANDBY, InstanceState.LOADING):
             instance.move(state)
-        if event.draining:
-            instance.move(InstanceState.DRAINING)
         for tracked in self.cluster.requests.values():
             if tracked.instance == info.id and tracked.epoch == info.epoch:
                 instance.bind(tracked)
-        roles = self._first_role(instance, event.prefill_share, now)
-        return [*roles, *self._place_waiting(info.model, now)]
+        effects += self._first_role(instance, event.prefill_share, now)
+        if event.draining:
+            instance.move(InstanceState.READY)
+            instance.move(InstanceState.DRAINING)
+            return effects
+        effects += self._link(instance)
+        if event.prefill_share is not None:  # it served before, under an earlier controller
+            instance.move(InstanceState.READY)
+            return [*effects, *self._place_waiting(info.model, now)]
+        return [*effects, *self._become_ready(instance, now)]
 
     def _place_waiting(self, model: str, now: float) -> list[Effect]:
         ready = self._for_prompts(self.cluster.ready(model))
@@ -449,17 +525,28 @@ class Controller:
         instance = self.cluster.instances.get(event.instance)
         if instance is None:
             return []
-        if event.on and instance.takes_work:
-            instance.move(InstanceState.DRAINING)
-        elif not event.on and instance.state is InstanceState.DRAINING:
+        if event.on:
+            others = self._stop_placing(instance, now)
+        elif instance.state is InstanceState.DRAINING:
             instance.move(InstanceState.READY)
-        moves = self._migrate(instance, now) if event.on else []
+            others = self._link(instance)
+        else:
+            return []
         # What could go nowhere else runs to its end here.
         limit_s = event.limit_s if self.cluster.ready(instance.info.model) else None
-        return [*moves, Drain(instance.id, instance.info.epoch, limit_s, event.on)]
+        return [*others, Drain(instance.id, instance.info.epoch, limit_s, event.on)]
+
+    def _stop_placing(self, instance: TrackedInstance, now: float) -> list[Effect]:
+        if instance.state is InstanceState.LOADING:
+            instance.move(InstanceState.READY)
+        if instance.takes_work:
+            instance.move(InstanceState.DRAINING)
+        return [*self._migrate(instance, now), *self._unlink(instance)]
 
     def _watch(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
+        for instance in list(self.cluster.instances.values()):
+            effects += self._become_ready(instance, now)
         for instance in self.cluster.instances.values():
             if instance.state is InstanceState.READY:
                 reason = _suspicion(instance, now)
@@ -476,9 +563,14 @@ class Controller:
                     effects.append(Evacuate(instance.id, instance.info.epoch, reason, hung))
         return effects
 
-    def _instance_left(self, instance: TrackedInstance) -> None:
-        # Their gateways know what was sent: they ask where to go on.
+    def _instance_left(self, instance: TrackedInstance) -> list[Effect]:
+        # Gateways of its requests know what was sent: they ask where to go on.
+        targets = self.cluster.links.forget(instance.id)
         self.cluster.leave(instance)
+        effects: list[Effect] = []
+        for target in targets:
+            effects += self._link(self.cluster.instances[target]) or self._set_links([target])
+        return effects
 
     def _adopt(self, opened: OpenRequest, gateway: str, now: float) -> None:
         tracked = self._track(opened.request, gateway, now - opened.age_s, opened.sent)

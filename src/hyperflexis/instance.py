@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from .config import ENGINE_ARGS, EmulatedArgs, Engine, OpenAIArgs, Section, TorchArgs
+from .core.instance import TOPOLOGY
 from .engines import base
 from .engines.host import InstanceIdentity, run_instance
 from .engines.profiles import load_profile
@@ -24,9 +27,20 @@ TOKEN_VARIABLE = "HYPERFLEXIS_KV_TOKEN"
 
 async def run(args: argparse.Namespace) -> None:
     """Host the engine that the arguments describe until SIGTERM. Raises HyperFlexisError for what does not fit."""
-    identity = InstanceIdentity(args.id, args.epoch)
+    identity = InstanceIdentity(args.id, args.epoch, labels=labels(args.label))
     engine = build(args, kv_token(args.kv_listen))
     await run_instance(engine, identity, args.listen, args.controller)
+
+
+def labels(given: Sequence[str]) -> dict[str, str]:
+    """Where the instance is: this host, unless it was said otherwise. Raises HyperFlexisError for what is no label."""
+    found = {"host": socket.gethostname()}
+    for one in given:
+        name, equals, value = one.partition("=")
+        if name not in TOPOLOGY or not value:
+            raise HyperFlexisError(f"--label {one}: give NAME=VALUE, where NAME is one of {', '.join(TOPOLOGY)}")
+        found[name] = value
+    return found
 
 
 def kv_token(kv_listen: str | None) -> str:

@@ -8,10 +8,10 @@ Who talks to whom:
 
     gateway    -> controller   RequestArrived, RequestFinished, GatewayJoined, HandoffFailed
     controller -> gateway      Dispatch, Handoff, Reject, Evacuate, Fleet
-    instance   -> controller   InstanceJoined, InstanceReported, InstanceDraining, PrefillEnding
+    instance   -> controller   InstanceJoined, InstanceReported, InstanceDraining, InstanceLinked, PrefillEnding
     operator   -> controller   DrainAsked
     controller -> operator     Fleet
-    controller -> instance     Drain, SetRole
+    controller -> instance     Drain, SetRole, SetLinks
     gateway    -> instance     Generate, Cancel
     instance   -> gateway      Output
 
@@ -31,9 +31,10 @@ import msgspec
 
 from .core import effects, events
 from .core.instance import InstanceReport
+from .core.links import KvSource
 from .errors import ProtocolError
 
-VERSION = 2
+VERSION = 3
 MAX_FRAME = 64 << 20
 HIGH_WATER = 8 << 20
 
@@ -61,14 +62,6 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
-
-
-class KvSource(msgspec.Struct, frozen=True, array_like=True):
-    """Where the KV of a request is to be had: it has the same id there."""
-
-    address: str
-    instance: str
-    epoch: int
 
 
 class Generate(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -180,6 +173,8 @@ MESSAGES: tuple[type, ...] = (
     events.HandoffFailed,
     effects.Handoff,
     effects.SetRole,
+    effects.SetLinks,
+    events.InstanceLinked,
 )
 _CODE = {kind: code for code, kind in enumerate(MESSAGES)}
 _DECODERS: tuple[msgspec.msgpack.Decoder[Any], ...] = tuple(msgspec.msgpack.Decoder(kind) for kind in MESSAGES)

@@ -10,11 +10,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from hyperflexis.core.latency import Coefficients
+from hyperflexis.core.links import KvSource
 from hyperflexis.core.profile import Domain, Profile
 from hyperflexis.engines.base import Emission, Engine, EngineInfo
 from hyperflexis.engines.emulated import EmulatedConfig, EmulatedEngine
 from hyperflexis.policy.catalog import STEPS
-from hyperflexis.wire import Generate, KvSource, Sampling, TokenLogprob, pack_ids
+from hyperflexis.wire import Generate, Sampling, TokenLogprob, pack_ids
 
 LIMIT_S = 30.0
 CONTEXT = 512

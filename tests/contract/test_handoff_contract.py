@@ -14,10 +14,11 @@ import pytest
 from tests.contract.relay import Relay
 from tests.contract.support import LIMIT_S, Driver, Stream, driven, emulated
 
+from hyperflexis.core.links import KvSource
 from hyperflexis.engines.base import Engine
 from hyperflexis.errors import HyperFlexisError
 from hyperflexis.policy.catalog import STEPS
-from hyperflexis.wire import KvSource, Sampling
+from hyperflexis.wire import Sampling
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 PROMPT = [40 + (7 * i) % 50 for i in range(150)]

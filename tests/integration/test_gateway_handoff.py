@@ -17,6 +17,7 @@ from tests.integration.test_gateway_resume import STREAM, lose, text_of
 from hyperflexis import wire
 from hyperflexis.core.effects import Evacuate
 from hyperflexis.core.events import HandoffFailed
+from hyperflexis.core.links import KvSource
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ async def test_a_prompt_is_computed_here_and_the_answer_there(three: Site) -> No
     assert source.order.hands_over and source.order.kv is None
     target = await hand_over(three, source)
     order = target.order
-    assert order.kv == wire.KvSource("unix:kv-i0", "i0", 7)
+    assert order.kv == KvSource("unix:kv-i0", "i0", 7)
     assert (order.epoch, order.value, order.expected_output_tokens) == (8, 3.0, 10.0)
     assert not order.hands_over
     assert (order.token_ids, order.sampling) == (source.order.token_ids, source.order.sampling)
@@ -330,7 +331,7 @@ async def test_a_target_that_cannot_have_it_leaves_it_where_it_was(three: Site, 
     assert failed.reason
     source.say("ab")
     again = await hand_over(three, source, "i2")
-    assert again.order.kv == wire.KvSource("unix:kv-i0", "i0", 7)
+    assert again.order.kv == KvSource("unix:kv-i0", "i0", 7)
     source.say("c", "handed")
     again.say(("abc" if again.prompt == source.prompt else "c") + "d", "stop")
     found = events((await soon(answer)).text)
@@ -436,7 +437,7 @@ async def test_one_at_a_time(three: Site) -> None:
     await taken_in(three, "i0")
     await taken_in(three, "i1")
     third = await hand_over(three, target, "i2")
-    assert third.order.kv == wire.KvSource("unix:kv-i1", "i1", 8)
+    assert third.order.kv == KvSource("unix:kv-i1", "i1", 8)
     assert third.prompt == source.prompt + "ab"
     target.say("c", "handed")
     third.say("cd", "stop")

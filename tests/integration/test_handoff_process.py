@@ -15,6 +15,7 @@ from tests.contract.support import LIMIT_S
 from tests.unit.engines.test_host import Peer, gateway_at
 
 from hyperflexis import wire
+from hyperflexis.core.links import KvSource
 from hyperflexis.make_model import Recipe, make_model
 
 pytest.importorskip("torch", reason="the torch engine needs PyTorch")
@@ -53,7 +54,7 @@ class Instance:
         self.process = process
         self.gateway = gateway
 
-    def send(self, stream: int, prompt: list[int], max_tokens: int, kv: wire.KvSource | None = None) -> None:
+    def send(self, stream: int, prompt: list[int], max_tokens: int, kv: KvSource | None = None) -> None:
         sampling = wire.Sampling(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
         order = wire.Generate(stream, f"r{stream}", 1, wire.pack_ids(prompt), sampling, kv=kv)
         self.gateway.links[0].send(order)
@@ -98,8 +99,8 @@ async def pair(model: Path, tmp_path: Path) -> AsyncIterator[tuple[Instance, Ins
             await process.wait()
 
 
-def source_of(folder: Path) -> wire.KvSource:
-    return wire.KvSource(f"unix:{folder}/source-kv", "source", 1)
+def source_of(folder: Path) -> KvSource:
+    return KvSource(f"unix:{folder}/source-kv", "source", 1)
 
 
 async def test_a_running_request_moves_to_another_process(pair: tuple[Instance, Instance], tmp_path: Path) -> None:

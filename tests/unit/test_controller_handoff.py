@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import msgspec
@@ -9,13 +10,15 @@ import pytest
 from tests.unit.test_controller import ask, info, report, request
 
 from hyperflexis.controller import Controller, ControllerConfig, Snapshot
-from hyperflexis.core.effects import Dispatch, Evacuate, Handoff, SetRole, Suspect
+from hyperflexis.core.effects import Dispatch, Effect, Evacuate, Handoff, SetLinks, SetRole, Suspect
 from hyperflexis.core.events import (
     DrainAsked,
     GatewayJoined,
     HandoffFailed,
+    InstanceDraining,
     InstanceJoined,
     InstanceLeft,
+    InstanceLinked,
     InstanceReported,
     OpenRequest,
     PrefillEnding,
@@ -23,9 +26,10 @@ from hyperflexis.core.events import (
     RequestFinished,
     Tick,
 )
-from hyperflexis.core.instance import RequestProgress
-from hyperflexis.core.links import Split
+from hyperflexis.core.instance import InstanceInfo, InstanceState, RequestProgress
+from hyperflexis.core.links import Link, Split
 from hyperflexis.core.slo import Slo
+from hyperflexis.policy.links import LINK_LIMIT_S
 from hyperflexis.policy.roles import GROW
 
 APART = Split(prefill=1, decode=1, adapt=False)
@@ -37,9 +41,17 @@ def fleet(
     made = Controller(ControllerConfig(("m",), policy, split=split))
     effects: list[object] = []
     for i in range(instances):
-        joined = info(f"i{i}", kv_address=f"unix:kv{i}", kv_bytes_per_token=1000)
-        effects += made.handle(InstanceJoined(joined), 0.0)
+        effects += join(made, info(f"i{i}", kv_address=f"unix:kv{i}", kv_bytes_per_token=1000))
     return made, effects
+
+
+def join(c: Controller, joined: InstanceInfo, now: float = 0.0) -> list[object]:
+    """It joins, and is linked with the others. The effects of both."""
+    effects: list[object] = list(c.handle(InstanceJoined(joined), now))
+    for order in [e for e in effects if isinstance(e, SetLinks)]:
+        for source in order.sources:
+            effects += c.handle(InstanceLinked(order.instance, order.epoch, source.instance, source.epoch, Link()), now)
+    return effects
 
 
 def ending(id: str = "r", instance: str = "i0", epoch: int = 1, left_s: float = 0.01) -> PrefillEnding:
@@ -169,7 +181,7 @@ def test_a_controller_that_knows_a_request_only_from_its_gateway_hands_it_over()
 def test_a_pace_that_nobody_can_keep_stops_no_watch_and_turns_no_role():
     c = Controller(ControllerConfig(("m",), split=Split()))
     for i in range(4):
-        c.handle(InstanceJoined(info(f"i{i}", kv_address=f"unix:kv{i}")), 0.0)
+        join(c, info(f"i{i}", kv_address=f"unix:kv{i}"))
     for step in range(300):
         now = 0.1 * step
         slo = Slo(1.0, 0.0001 if step % 2 else 1e-323)
@@ -226,7 +238,7 @@ def test_colocated_fleets_hand_nothing_over():
 def test_an_instance_that_comes_back_takes_the_role_that_is_missing():
     c, _ = fleet()
     c.handle(InstanceLeft("i0", 1, "killed"), 1.0)
-    (role,) = c.handle(InstanceJoined(info("i0", 2, kv_address="unix:kv0")), 2.0)
+    (role,) = [e for e in join(c, info("i0", 2, kv_address="unix:kv0"), 2.0) if isinstance(e, SetRole)]
     assert isinstance(role, SetRole) and role.prefill_share == 1.0
 
 
@@ -234,7 +246,8 @@ def test_a_restarted_controller_keeps_the_roles_that_instances_have():
     c = Controller(ControllerConfig(("m",), split=APART))
     effects = c.handle(InstanceJoined(info("i1", kv_address="unix:kv1"), prefill_share=0.0), 0.0)
     effects += c.handle(InstanceJoined(info("i0", kv_address="unix:kv0"), prefill_share=1.0), 0.0)
-    assert effects == []
+    assert [type(effect) for effect in effects] == [SetLinks, SetLinks]
+    assert len(c.cluster.ready("m")) == 2, "they served before, and need not wait for their links"
     assert [one.prefill_share for one in c.cluster.instances.values()] == [0.0, 1.0]
 
 
@@ -262,7 +275,7 @@ def test_roles_follow_what_is_needed_and_one_changes_at_a_time():
     slow = replace(info("x").latency, c0=0.03)  # at 50 ms a token c0 takes three fifths of the time
     c = Controller(ControllerConfig(("m",), split=Split()))
     for i in range(4):
-        c.handle(InstanceJoined(info(f"i{i}", kv_address=f"unix:kv{i}", latency=slow)), 0.0)
+        join(c, info(f"i{i}", kv_address=f"unix:kv{i}", latency=slow))
     roles = []
     for step in range(400):
         now = 0.1 * step
@@ -286,3 +299,76 @@ def test_a_snapshot_goes_on_alike():
     again = Controller.restore(c.config, msgspec.msgpack.decode(packed, type=Snapshot))
     assert again.handle(ending("q"), 0.06) == c.handle(ending("q"), 0.06)
     assert loads(again) == loads(c)
+
+
+FAST = Link()
+
+
+def linked(c: Controller, target: str, source: str, link: Link | None = FAST, now: float = 0.0) -> list[Effect]:
+    epochs = {one.id: one.info.epoch for one in c.cluster.instances.values()}
+    return c.handle(InstanceLinked(target, epochs[target], source, epochs[source], link), now)
+
+
+def orders(effects: Sequence[object]) -> dict[str, list[str]]:
+    """Who is to be linked to which sources."""
+    return {e.instance: [source.instance for source in e.sources] for e in effects if isinstance(e, SetLinks)}
+
+
+def test_a_newcomer_takes_work_once_it_is_linked_both_ways():
+    c, _ = fleet(instances=2)
+    effects = c.handle(InstanceJoined(info("i2", kv_address="unix:kv2")), 1.0)
+    assert orders(effects) == {"i2": ["i0", "i1"], "i0": ["i1", "i2"], "i1": ["i0", "i2"]}
+    for target, source in (("i2", "i0"), ("i2", "i1"), ("i0", "i2")):
+        linked(c, target, source, now=1.01)
+        assert c.cluster.instances["i2"].state is InstanceState.LOADING
+    linked(c, "i1", "i2", None, 1.02)
+    assert c.cluster.instances["i2"].state is InstanceState.READY, "one link that cannot be made does not keep it out"
+
+
+def test_a_newcomer_whose_links_do_not_come_about_takes_work_after_a_while():
+    c, _ = fleet(instances=1)
+    c.handle(InstanceJoined(info("i1", kv_address="unix:kv1")), 1.0)
+    c.handle(Tick(), 1.0 + LINK_LIMIT_S / 2)
+    assert [one.id for one in c.cluster.ready("m")] == ["i0"]
+    c.handle(Tick(), 1.0 + LINK_LIMIT_S)
+    assert [one.id for one in c.cluster.ready("m")] == ["i0", "i1"]
+
+
+def test_a_request_decodes_where_there_is_a_link():
+    c, _ = fleet(Split(prefill=1, decode=2, adapt=False), 3)
+    linked(c, "i1", "i0", None, 0.1)  # it broke
+    for number in range(4):
+        ask(c, request(f"r{number}"), 0.2)
+        (handoff,) = c.handle(ending(f"r{number}"), 0.25)
+        assert isinstance(handoff, Handoff) and handoff.instance == "i2"
+
+
+def test_a_measured_link_that_is_slow_is_not_chosen():
+    c, _ = fleet(Split(prefill=1, decode=2, adapt=False), 3)
+    linked(c, "i1", "i0", Link(0.001, 1e3), 0.1)
+    ask(c, request("r"), 0.2)
+    (handoff,) = c.handle(ending(), 0.25)
+    assert isinstance(handoff, Handoff) and handoff.instance == "i2"
+
+
+def test_an_instance_that_drains_gets_nothing_more_and_one_that_left_is_unlinked():
+    c, _ = fleet(instances=3)
+    effects = c.handle(DrainAsked("i2", None), 1.0)
+    assert orders(effects) == {"i2": []}
+    assert c.cluster.links.is_up("i2", "i0"), "what it has goes on elsewhere"
+    assert orders(c.handle(DrainAsked("i2", None, on=False), 2.0)) == {"i2": ["i0", "i1"]}
+    assert orders(c.handle(InstanceLeft("i2", 1, "killed"), 3.0)) == {"i0": ["i1"], "i1": ["i0"]}
+    assert not c.cluster.links.unheard
+
+
+def test_an_instance_that_is_told_to_end_before_it_was_linked_takes_no_work():
+    c, _ = fleet(instances=1)
+    c.handle(InstanceJoined(info("i1", kv_address="unix:kv1")), 1.0)
+    c.handle(InstanceDraining("i1", 1), 1.1)
+    c.handle(Tick(), 10.0)
+    assert [one.id for one in c.cluster.ready("m")] == ["i0"]
+
+
+def test_a_colocated_fleet_has_no_links():
+    _, effects = fleet(split=None, instances=3)
+    assert effects == []

@@ -9,6 +9,7 @@ from hyperflexis import wire
 from hyperflexis.core import effects, events
 from hyperflexis.core.instance import InstanceInfo, InstanceReport, RequestProgress
 from hyperflexis.core.latency import Coefficients
+from hyperflexis.core.links import KvSource, Link
 from hyperflexis.core.request import Request
 from hyperflexis.core.slo import Slo
 from hyperflexis.core.stream import Sent
@@ -23,7 +24,7 @@ MESSAGES = [
     wire.Hello(wire.VERSION, "gateway", "g", 3, "secret"),
     wire.Generate(1, "r", 1, wire.pack_ids([1, 2]), wire.Sampling(seed=7, stop_token_ids=(3,), logprobs=2), -0.5, 0.05),
     wire.Generate(2, "r", 1, b"", wire.Sampling(), body=b'{"a": 1}', kind="chat"),
-    wire.Generate(3, "r", 1, b"", wire.Sampling(), hands_over=True, kv=wire.KvSource("unix:/k", "i", 4)),
+    wire.Generate(3, "r", 1, b"", wire.Sampling(), hands_over=True, kv=KvSource("unix:/k", "i", 4)),
     wire.Cancel(9),
     wire.Output([1, 2], [[5], [6, 7]], finished=[wire.Finish(2, "stop", 10, 2, 8, "why")]),
     wire.Output([1], [[5]], None, [[wire.TokenLogprob(5, -0.5, [(5, -0.5), (6, -1.0)])]]),
@@ -44,6 +45,9 @@ MESSAGES = [
     events.HandoffFailed("r", "i", 4, "no room"),
     effects.Handoff("r", "g", "i", 4, "unix:/k", "j", 5, "unix:/s", 2.0, 64.0, DECISION),
     effects.SetRole("i", 4, 0.5, "it joins"),
+    effects.SetLinks("i", 3, (KvSource("unix:/k", "j", 4), KvSource("host:1", "k", 5))),
+    events.InstanceLinked("i", 3, "j", 4, Link(0.001, 1e9)),
+    events.InstanceLinked("i", 3, "j", 4, None, "nobody listens"),
 ]
 
 

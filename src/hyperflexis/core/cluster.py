@@ -316,7 +316,6 @@ class Cluster:
         instance.move(InstanceState.LOST)
         del self.instances[instance.id]
         del self.by_model[instance.info.model][instance.id]
-        self.links.forget(instance.id)
         return list(instance.requests.values())
 
     def track(self, tracked: TrackedRequest) -> None:

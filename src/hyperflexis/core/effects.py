@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from .links import KvSource
+
 RejectReason = Literal["slo_infeasible", "overloaded", "no_instance_ready", "unknown_model"]
 
 
@@ -74,6 +76,15 @@ class SetRole:
 
 
 @dataclass(frozen=True, slots=True)
+class SetLinks:
+    """The instance is to be linked to these sources of KV, and to no others, and to say how each link was measured."""
+
+    instance: str
+    epoch: int
+    sources: tuple[KvSource, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Reject:
     """Refuse the request. ``retry_after_s`` is the honest wait, None when waiting does not help."""
 
@@ -115,4 +126,4 @@ class Drain:
     on: bool = True
 
 
-Effect = Dispatch | Handoff | Reject | Suspect | Evacuate | Drain | SetRole
+Effect = Dispatch | Handoff | Reject | Suspect | Evacuate | Drain | SetRole | SetLinks

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .instance import InstanceInfo, InstanceReport
+from .links import Link
 from .request import Request
 from .stream import Sent
 
@@ -106,6 +107,19 @@ class InstanceReported:
 
 
 @dataclass(frozen=True, slots=True)
+class InstanceLinked:
+    """An instance is linked to ``source`` and can get KV from there; ``link`` is what was measured. None: it is not, or
+    not any more, and tries again; ``problem`` says why."""
+
+    id: str
+    epoch: int
+    source: str
+    source_epoch: int
+    link: Link | None
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillEnding:
     """The last chunk of a prompt runs now, and its request is to be handed over: where to? ``left_s`` are the seconds
     until its first token is expected."""
@@ -149,6 +163,7 @@ Event = (
     | InstanceReported
     | InstanceLeft
     | InstanceDraining
+    | InstanceLinked
     | PrefillEnding
     | HandoffFailed
     | DrainAsked

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from ..errors import IllegalTransition
@@ -43,6 +43,10 @@ def check_instance_move(old: InstanceState, new: InstanceState) -> None:
         raise IllegalTransition(f"instance cannot move from {old} to {new}")
 
 
+TOPOLOGY = ("host", "rack", "zone")
+"""Labels that say where an instance is, nearest first."""
+
+
 @dataclass(frozen=True, slots=True)
 class InstanceInfo:
     """What an instance is, fixed for one epoch (one launch of it).
@@ -51,6 +55,7 @@ class InstanceInfo:
     context tokens its KV cache holds; ``max_batch`` the most requests it decodes at once. ``returns_token_ids`` is
     False for engines that stream text only. ``latency`` is where the fit of iteration times starts. ``kv_address`` is
     where other instances get the KV of its requests (empty: it gives none), ``kv_bytes_per_token`` how much that is.
+    ``labels`` say where it is, by the names of TOPOLOGY.
     """
 
     id: str
@@ -67,6 +72,7 @@ class InstanceInfo:
     latency: Coefficients
     kv_address: str = ""
     kv_bytes_per_token: int = 0
+    labels: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

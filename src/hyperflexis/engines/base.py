@@ -7,12 +7,13 @@ controller. All calls below come from the host's event loop and must not block i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 from ..core.instance import RequestProgress
 from ..core.latency import Coefficients
+from ..core.links import KvSource, Link
 from ..wire import Generate, TokenLogprob
 
 
@@ -62,6 +63,10 @@ Ending = Callable[[str, float], None]
 """Hears, on the event loop, of a request that is to be handed over: its id, and the seconds until its first token."""
 
 
+Linked = Callable[[KvSource, Link | None, str], None]
+"""Hears, on the event loop, of the link to a source of KV: how it was measured, or None and why there is none."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineReport:
     """Counters over the engine's life and levels now; ``progress`` covers requests that moved since the last call."""
@@ -82,10 +87,17 @@ class EngineReport:
 class Engine(Protocol):
     """One engine serving one copy of a model's weights."""
 
-    async def start(self, sink: Sink, ending: Ending | None = None, instance: str = "", epoch: int = 0) -> EngineInfo:
+    async def start(
+        self,
+        sink: Sink,
+        ending: Ending | None = None,
+        instance: str = "",
+        epoch: int = 0,
+        linked: Linked | None = None,
+    ) -> EngineInfo:
         """Load and warm up. ``ending`` hears of each request with ``hands_over`` once, when the last chunk of its
-        prompt begins. The engine is ``epoch`` of ``instance`` to those that ask it for KV. Raises HyperFlexisError with
-        a remedy when the model or the memory does not do."""
+        prompt begins, ``linked`` of each link. The engine is ``epoch`` of ``instance`` to those that ask it for KV.
+        Raises HyperFlexisError with a remedy when the model or the memory does not do."""
 
     def generate(self, key: object, request: Generate) -> None:
         """Begin a stream; emissions with ``key`` follow. A request that cannot be served (too long for the context
@@ -101,6 +113,9 @@ class Engine(Protocol):
 
     def set_role(self, prefill_share: float) -> None:
         """Share of prefill work accepted: 1 prefill only, 0 decode only."""
+
+    def keep_links(self, sources: Iterable[KvSource]) -> None:
+        """Be ready to get KV from these instances, and from no others; ``linked`` hears of each."""
 
     def drain(self) -> None:
         """Refuse what comes from now on and finish what runs."""

@@ -19,16 +19,17 @@ import time
 from binascii import crc32
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from ..batcher import Batch, Batcher, BatcherConfig, Emitted, RequestTooLong, Sampled, Sequence
 from ..core.latency import Coefficients, OnlineFit
-from ..core.links import BYTES_PER_S, LATENCY_S
+from ..core.links import BYTES_PER_S, LATENCY_S, KvSource, Link
 from ..core.profile import Profile
 from ..errors import HyperFlexisError, ProtocolError
 from ..policy.catalog import StepFunctions
 from ..transfer.kv import Give, Take
 from ..wire import Generate, Sampling, TokenLogprob, pack_ids
-from .base import Emission, Ending, EngineInfo, EngineReport, Sink
+from .base import Emission, Ending, EngineInfo, EngineReport, Linked, Sink
 from .driver import finished, report_of, sequence_of
 from .emulated_kv import EmulatedKv, KvHistory
 from .handoff import HandoffConfig, Handoffs
@@ -137,7 +138,14 @@ class EmulatedEngine:
         self._warned_at = float("-inf")
         self._handoffs: Handoffs | None = None
 
-    async def start(self, sink: Sink, ending: Ending | None = None, instance: str = "", epoch: int = 0) -> EngineInfo:
+    async def start(
+        self,
+        sink: Sink,
+        ending: Ending | None = None,
+        instance: str = "",
+        epoch: int = 0,
+        linked: Linked | None = None,
+    ) -> EngineInfo:
         """Ready at once: there are no weights."""
         self._sink = sink
         self._loop = asyncio.get_running_loop()
@@ -156,6 +164,7 @@ class EmulatedEngine:
             self._streams,
             self._emit,
             ending,
+            None if linked is None else partial(self._linked, linked),
             self._wake,
         )
         return EngineInfo(
@@ -213,6 +222,18 @@ class EmulatedEngine:
 
     def set_role(self, prefill_share: float) -> None:
         """Accepted and without effect: the instance takes what it is sent."""
+
+    def keep_links(self, sources: Iterable[KvSource]) -> None:
+        """See Engine."""
+        assert self._handoffs is not None
+        self._handoffs.keep_links(sources)
+
+    def _linked(self, linked: Linked, source: KvSource, link: Link | None, problem: str) -> None:
+        """What was measured is the memory of this machine; the link of the emulated device is as configured."""
+        config = self._config
+        if link is not None:
+            link = Link(max(link.latency_s, config.kv_link_latency_s), config.kv_link_bytes_per_s)
+        linked(source, link, problem)
 
     def drain(self) -> None:
         """See the contract."""

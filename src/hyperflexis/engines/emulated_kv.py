@@ -18,7 +18,8 @@ from random import Random
 
 from ..core.transfer import Piece
 from ..errors import ProtocolError
-from ..transfer.kv import Give, Layout, Take
+from ..transfer.kv import Give, Take
+from ..transfer.links import Layout
 from ..wire import pack_ids
 
 NUM_LAYERS = 8

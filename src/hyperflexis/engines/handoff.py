@@ -23,25 +23,14 @@ from functools import partial
 from typing import Any, Protocol, assert_never
 
 from ..batcher import Batch, Batcher, RequestTooLong, Sequence
+from ..core.links import KvSource, Link
 from ..core.transfer import SourceState
 from ..errors import HyperFlexisError, ProtocolError
-from ..transfer.kv import (
-    VERSION,
-    Failed,
-    Give,
-    Incoming,
-    KvServer,
-    Layout,
-    NeedsRoom,
-    News,
-    Offered,
-    Open,
-    Outgoing,
-    Take,
-    digest_of,
-)
+from ..transfer.kv import Failed, Give, Incoming, NeedsRoom, News, Offered, Open, Outgoing, Take, digest_of
+from ..transfer.links import VERSION, Hello, KvLinks, Layout
+from ..transfer.server import KvServer
 from ..wire import Generate, TokenLogprob, pack_ids
-from .base import Emission, Ending, Sink
+from .base import Emission, Ending, Linked, Sink
 from .driver import finished
 
 _log = logging.getLogger(__name__)
@@ -111,6 +100,7 @@ class Handoffs:
         streams: dict[object, Sequence],
         sink: Sink,
         ending: Ending | None,
+        linked: Linked | None,
         wake: Callable[[], None],
     ) -> None:
         self._config = config
@@ -119,6 +109,7 @@ class Handoffs:
         self._streams = streams
         self._sink = sink
         self._ending = ending
+        self._linked = linked
         self._wake = wake
         self._loop = asyncio.get_running_loop()
         self._clock = time.monotonic
@@ -127,6 +118,9 @@ class Handoffs:
         self._threads: list[Incoming] = []
         self._between: list[Callable[[], None]] = []
         self._predicted_s = 0.0
+        self._links = KvLinks(
+            Hello(VERSION, config.token, "", 0, device.layout), partial(self._post, self._link_is_known)
+        )
         self._server: KvServer | None = None
         if config.listen is not None:
             opened, settled = partial(self._post, self._opened), partial(self._post, self._settled)
@@ -142,6 +136,10 @@ class Handoffs:
         """Where others get KV from; empty: nowhere."""
         return "" if self._server is None else self._server.address
 
+    def keep_links(self, sources: Iterable[KvSource]) -> None:
+        """Be linked to these instances, and to no others; ``linked`` hears of each."""
+        self._links.keep(tuple(sources))
+
     def fetch(self, key: object, seq: Sequence, request: Generate) -> None:
         """Begin a stream whose KV comes from elsewhere. What hinders it ends it with ``refused``: it goes on there."""
         source = request.kv
@@ -155,19 +153,9 @@ class Handoffs:
             self._refuse(key, "there is no room for its KV now")
             return
         self._streams[key] = seq
-        ask = Open(
-            version=VERSION,
-            token=self._config.token,
-            instance=source.instance,
-            epoch=source.epoch,
-            request_id=seq.id,
-            layout=self._device.layout,
-            start=found,
-            num_tokens=seq.num_tokens,
-            digest=digest_of(request.token_ids),
-            ring=False,
-        )
-        incoming = Incoming(source.address, ask, self._device.take(seq), partial(self._post, self._told))
+        ask = Open(seq.id, found, seq.num_tokens, digest_of(request.token_ids))
+        layout = self._device.layout
+        incoming = Incoming(self._links, source, ask, layout, self._device.take(seq), partial(self._post, self._told))
         self._imports[seq.id] = incoming, seq
         self._threads = [*(one for one in self._threads if one.is_alive), incoming]
         self._between.append(partial(self._grow, incoming, seq))
@@ -235,6 +223,7 @@ class Handoffs:
             await self._loop.run_in_executor(None, self._server.close)
         for incoming in self._threads:
             await self._loop.run_in_executor(None, incoming.join)
+        await self._loop.run_in_executor(None, self._links.close)
 
     def _advance(self, export: _Export) -> None:
         """Say what is computed by now, and let the request stand still when little of it is left to send."""
@@ -325,6 +314,10 @@ class Handoffs:
     def _go_on(self, seq: Sequence) -> None:
         if not seq.finished:
             self._batcher.unpark(seq.id)
+
+    def _link_is_known(self, source: KvSource, link: Link | None, problem: str) -> None:
+        if self._linked is not None:
+            self._linked(source, link, problem)
 
     def _told(self, incoming: Incoming, news: News) -> None:
         """What the thread that fetches has to say."""

@@ -7,6 +7,8 @@
     controller <- PrefillEnding             a request is to be handed over: where to?
     controller -> Drain                     take nothing new; the process goes on until it is told to stop
     controller -> SetRole                   the share of prompts that the instance is to take
+    controller -> SetLinks                  the instances whose KV it is to be able to get
+    controller <- InstanceLinked            each of these links, once it was measured
 
 The controller may be away: streams go on, and it is connected to again. One of an older term than the newest seen is
 refused. A gateway's streams end with its link, since nobody is left to read them.
@@ -19,14 +21,15 @@ import contextlib
 import logging
 import signal
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hmac import compare_digest
 from typing import Any
 
 from .. import wire
-from ..core.effects import Drain, SetRole
-from ..core.events import InstanceDraining, InstanceJoined, InstanceReported, PrefillEnding
+from ..core.effects import Drain, SetLinks, SetRole
+from ..core.events import InstanceDraining, InstanceJoined, InstanceLinked, InstanceReported, PrefillEnding
 from ..core.instance import InstanceInfo, InstanceReport
+from ..core.links import KvSource, Link
 from ..errors import HyperFlexisError
 from ..fd_limit import raise_fd_limit
 from .base import Emission, Engine, EngineReport
@@ -43,11 +46,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class InstanceIdentity:
-    """Who this process is: ``epoch`` is minted at each launch, ``token`` is the fleet's shared word in Hello."""
+    """Who this process is: ``epoch`` is minted at each launch, ``token`` is the fleet's shared word in Hello; ``labels``
+    as in InstanceInfo."""
 
     id: str
     epoch: int
     token: str = ""
+    labels: dict[str, str] = field(default_factory=dict)
 
 
 async def run_instance(
@@ -175,7 +180,8 @@ class InstanceHost:
 
     async def start(self, listen: str, controller: str | None) -> InstanceInfo:
         """Load the engine, open the address, begin to look for the controller. Raises HyperFlexisError."""
-        engine = await self.engine.start(self.emit, self.prefill_ends, self._identity.id, self._identity.epoch)
+        me = self._identity
+        engine = await self.engine.start(self.emit, self.prefill_ends, me.id, me.epoch, self.link_is_known)
         self._started = True
         try:
             self._server = await wire.listen(listen, lambda: _Gateway(self), self._hello)
@@ -200,6 +206,7 @@ class InstanceHost:
             latency=engine.latency,
             kv_address=engine.kv_address,
             kv_bytes_per_token=engine.kv_bytes_per_token,
+            labels=self._identity.labels,
         )
         if controller is not None:
             self._controller_task = asyncio.create_task(wire.keep_connected(controller, self, self._hello))
@@ -318,6 +325,12 @@ class InstanceHost:
         if self._controller is not None:
             self._controller.send(PrefillEnding(request_id, self._identity.id, self._identity.epoch, left_s))
 
+    def link_is_known(self, source: KvSource, link: Link | None, problem: str) -> None:
+        """Tell the controller, which asks again after it was away."""
+        if self._controller is not None:
+            me = self._identity
+            self._controller.send(InstanceLinked(me.id, me.epoch, source.instance, source.epoch, link, problem))
+
     def link_made(self, link: wire.Link, hello: wire.Hello) -> None:
         """The controller answered."""
         if hello.term < self._term:
@@ -336,7 +349,7 @@ class InstanceHost:
             _log.warning("instance %s lost the controller: %s", self._identity.id, reason)
 
     def message_received(self, link: wire.Link, message: Any) -> None:
-        """A drain, its end, or a role."""
+        """A drain, its end, a role, or links."""
         if link is not self._controller:
             return  # refused for its term; what it still had under way does not count
         if isinstance(message, Drain):
@@ -346,6 +359,9 @@ class InstanceHost:
             if message.epoch == self._identity.epoch:
                 self._prefill_share = message.prefill_share
                 self.engine.set_role(message.prefill_share)
+        elif isinstance(message, SetLinks):
+            if message.epoch == self._identity.epoch:
+                self.engine.keep_links(message.sources)
         else:
             link.close(f"an instance takes no {type(message).__name__} from a controller")
 

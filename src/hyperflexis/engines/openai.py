@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +26,11 @@ import msgspec
 
 from ..core.instance import RequestProgress
 from ..core.latency import Coefficients, OnlineFit
+from ..core.links import KvSource
 from ..core.profile import Profile
 from ..errors import HyperFlexisError, ProtocolError
 from ..wire import Generate, unpack_ids
-from .base import Emission, Ending, EngineInfo, EngineReport, Sink
+from .base import Emission, Ending, EngineInfo, EngineReport, Linked, Sink
 from .openai_answer import CARDS, EVENT, Card, Event, Events, error_message, is_set, token_logprobs_of
 
 CONNECT_S = 5.0
@@ -144,7 +146,14 @@ class OpenAIEngine:
         self._failure: str | None = None
         self._health: asyncio.Task[None] | None = None
 
-    async def start(self, sink: Sink, ending: Ending | None = None, instance: str = "", epoch: int = 0) -> EngineInfo:
+    async def start(
+        self,
+        sink: Sink,
+        ending: Ending | None = None,
+        instance: str = "",
+        epoch: int = 0,
+        linked: Linked | None = None,
+    ) -> EngineInfo:
         """Wait for the server and ask what it serves. Its requests are not handed over.
 
         Raises HyperFlexisError when it does not answer in time, refuses the key, does not serve the model, or is to
@@ -253,6 +262,9 @@ class OpenAIEngine:
 
     def set_role(self, prefill_share: float) -> None:
         """Accepted and without effect: the server takes what it is sent."""
+
+    def keep_links(self, sources: Iterable[KvSource]) -> None:
+        """Its requests are not handed over."""
 
     def drain(self) -> None:
         """See the contract."""

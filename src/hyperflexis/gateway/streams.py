@@ -25,11 +25,12 @@ from .. import openai_api as api
 from ..core import events
 from ..core.effects import Decision, Dispatch, Handoff, Reject
 from ..core.events import HandoffFailed, OpenRequest, RequestArrived, RequestFinished
+from ..core.links import KvSource
 from ..core.request import Request
 from ..core.stream import Repetition, Sent, Stream, continued, due
 from ..errors import ProtocolError
 from ..metrics import GatewayMetrics, Outcome
-from ..wire import Finish, Generate, KvSource, TokenLogprob, pack_ids
+from ..wire import Finish, Generate, TokenLogprob, pack_ids
 from . import sse
 from .http import Exchange
 from .intake import Intake, Prompt

@@ -17,7 +17,7 @@ import msgspec
 
 from .. import __version__, wire
 from ..controller import Controller
-from ..core.effects import Dispatch, Drain, Effect, Evacuate, Handoff, Reject, SetRole, Suspect
+from ..core.effects import Dispatch, Drain, Effect, Evacuate, Handoff, Reject, SetLinks, SetRole, Suspect
 from ..core.events import (
     DrainAsked,
     Event,
@@ -27,6 +27,7 @@ from ..core.events import (
     InstanceDraining,
     InstanceJoined,
     InstanceLeft,
+    InstanceLinked,
     InstanceReported,
     PrefillEnding,
     RequestArrived,
@@ -157,7 +158,10 @@ class Server:
             case DrainAsked() if link.remote.role == "operator":
                 self._handle(message)
                 self.broadcast()
-            case InstanceDraining() | InstanceReported() | PrefillEnding():
+            case InstanceLinked(id=id, epoch=epoch) if id == sender and self._is_current(link, id, epoch):
+                self._handle(message)
+                self.broadcast()
+            case InstanceDraining() | InstanceReported() | InstanceLinked() | PrefillEnding():
                 pass  # of an epoch that has been replaced
             case _:
                 link.close(f"{type(message).__name__} is not expected from {link.remote.role} {sender!r}")
@@ -232,6 +236,8 @@ class Server:
             case SetRole():
                 share, reason = effect.prefill_share, effect.reason
                 _log.info("instance %s takes a share of %.2g of the prompts: %s", effect.instance, share, reason)
+                self._instances[effect.instance].link.send(effect)
+            case SetLinks():
                 self._instances[effect.instance].link.send(effect)
             case Evacuate():
                 for link in self._gateways.values():

@@ -31,13 +31,14 @@ from ..batcher import Batch, Batcher, BatcherConfig, RequestTooLong
 from ..batcher import Sequence as BatcherSequence
 from ..controller import Controller, ControllerConfig
 from ..core import effects
-from ..core.effects import Dispatch, Drain, Effect, Evacuate, Reject, SetRole, Suspect
+from ..core.effects import Dispatch, Drain, Effect, Evacuate, Reject, SetLinks, SetRole, Suspect
 from ..core.events import (
     DrainAsked,
     Event,
     HandoffFailed,
     InstanceJoined,
     InstanceLeft,
+    InstanceLinked,
     InstanceReported,
     PrefillEnding,
     RequestFinished,
@@ -65,6 +66,8 @@ REPORT_S = 0.1
 """Instances report this often, as live ones do."""
 GIVE_UP = 10.0
 """A run ends after this many times its duration; what is open then is unfinished."""
+LINK_S = 0.02
+"""Seconds that it takes to make and to measure a link, as between processes of one host."""
 _FAULT, _ITERATION, _HANDOFF, _REPORT, _WATCH, _SAMPLE = range(6)
 
 Observer = Callable[[float, Event, Sequence[Effect]], None]
@@ -274,7 +277,7 @@ class _Simulation:
                 self._iteration_done(instance)
             case _Instance():
                 self._report(what, now)
-            case InstanceReported():
+            case InstanceReported() | InstanceLinked():
                 self._tell(what, now)
             case Tick():
                 for instance in self._instances:
@@ -312,6 +315,8 @@ class _Simulation:
                     self._hand_over(self._clients[effect.request_id], effect, now)
                 case SetRole():
                     self._counters.transitions += 1
+                case SetLinks():
+                    self._link(effect, now)
                 case Suspect():
                     pass
                 case Evacuate():
@@ -321,6 +326,15 @@ class _Simulation:
                         self._evacuate(self._instances[int(effect.instance)], now, failed=False)
                 case _:
                     assert_never(effect)
+
+    def _link(self, order: SetLinks, now: float) -> None:
+        """Links are made and measured before the first request comes; later ones in LINK_S."""
+        for source in order.sources:
+            linked = InstanceLinked(order.instance, order.epoch, source.instance, source.epoch, self._links.usual)
+            if now:
+                self._push(now + LINK_S, _HANDOFF, linked)
+            else:
+                self._tell(linked, now)
 
     def _arrive(self, index: int, now: float) -> None:
         arrival = self._arrivals[index]

@@ -1,13 +1,14 @@
 """The exchange of a KV handoff: a target asks a source for a request's KV, and in the end has the request or has not.
 
-    target -> source   Open                      which request, from which token on, how its KV is laid out
+    target -> source   Open                      which request, from which token on
     source -> target   Opened | Gone             it comes | it does not, and why
     source -> target   Piece, Piece, ...         KV of a layer for some tokens, as it is computed
     source -> target   Alive                     nothing has been computed for a second
     source -> target   Offer                     all has been sent; these tokens were put out meanwhile
     target -> source   Accept | Refuse           it runs there now | it does not, and why
 
-``KvServer`` listens at a source, ``Outgoing`` is one handoff there, ``Incoming`` one at a target. The states and the
+All that on a link (links.py), which is free for the next when the source has heard Accept, and is closed else.
+``Outgoing`` is one handoff at a source, ``Incoming`` one at a target. The states and the
 books are those of core/transfer.py. Each handoff has threads of its own. An engine gives KV as a function that writes a
 piece into memory, and takes it as one that reads a piece from there; no model and no device is known here.
 
@@ -27,24 +28,19 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from hashlib import blake2b
-from hmac import compare_digest
 from math import inf
-from socket import SHUT_RDWR
 
 import msgspec
 
+from ..core.links import KvSource
 from ..core.transfer import Piece, Source, SourceState, Target, TargetState
 from ..errors import IllegalTransition, ProtocolError
-from . import shm, tcp
-from .tcp import SMALL_HEADER, SocketChannel
+from .links import Gone, KvLink, KvLinks, Layout, Refusal, encode
 from .transport import MAX_PAYLOAD, PEER_LIMIT_S, Channel, Frame
 
-VERSION = 2
-ALIVE_S, RETRY_S = 1.0, 0.1
+ALIVE_S = 1.0
 LINGER_S = 2.0
 """How long a source may take to hear a refusal while it still sends."""
-MAX_HANDOFFS = 64
-"""From one source at once; what is asked for beyond that is refused."""
 _log = logging.getLogger(__name__)
 
 Give = Callable[[Piece, memoryview], None]
@@ -53,44 +49,18 @@ Take = Callable[[Piece, memoryview], None]
 """Reads the KV of a piece from memory. Called from a thread of the handoff."""
 
 
-class Layout(msgspec.Struct, frozen=True):
-    """What KV has to agree in at both ends. ``token_bytes``: of one token in one layer. ``model`` names the model, and
-    everything in its configuration on which KV depends, by a digest."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: str
-    token_bytes: int
-    model: str
-
-
 class Open(msgspec.Struct, frozen=True, tag=True):
     """Asks for the KV of a request. The target has that of the tokens before ``start``, and knows the request's first
-    ``num_tokens`` tokens, which have that ``digest``. ``ring``: memory to share comes with the next byte."""
+    ``num_tokens`` tokens, which have that ``digest``."""
 
-    version: int
-    token: str
-    instance: str
-    epoch: int
     request_id: str
-    layout: Layout
     start: int
     num_tokens: int
     digest: bytes
-    ring: bool
 
 
 class Opened(msgspec.Struct, frozen=True, tag=True):
-    """It will come, through the ring if ``ring``."""
-
-    ring: bool
-
-
-class Gone(msgspec.Struct, frozen=True, tag=True):
-    """It does not come, or no more of it."""
-
-    reason: str
+    """It will come."""
 
 
 class Alive(msgspec.Struct, frozen=True, tag=True):
@@ -119,16 +89,10 @@ class Refuse(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-class Refusal(Exception):
-    """A handoff does not come about; the message says why."""
-
-
 _PIECE = msgspec.msgpack.Decoder(Piece)
-_OPEN = msgspec.msgpack.Decoder(Open)
 _ANSWER = msgspec.msgpack.Decoder(Opened | Gone)
 _NEWS = msgspec.msgpack.Decoder(Offer | Gone | Alive)
 _VERDICT = msgspec.msgpack.Decoder(Accept | Refuse)
-_encode = msgspec.msgpack.encode
 
 
 def digest_of(token_ids: bytes) -> bytes:
@@ -141,13 +105,13 @@ class Outgoing:
     ``park`` and ``ended``; its model's thread ``layer_computed``. ``settled`` is called from a thread when the handoff
     is over without ``ended``: then ``state`` is HANDED, KEPT or MOVED, and ``reason`` says more."""
 
-    def __init__(self, ask: Open, channel: Channel, settled: Callable[[Outgoing], None]) -> None:
+    def __init__(self, ask: Open, layout: Layout, channel: Channel, settled: Callable[[Outgoing], None]) -> None:
         self.ask = ask
         self.reason = ""
         self._channel = channel
         self._settled = settled
-        self._machine = Source(ask.layout.num_layers, ask.start)
-        self._token_bytes = ask.layout.token_bytes
+        self._machine = Source(layout.num_layers, ask.start)
+        self._token_bytes = layout.token_bytes
         self._most = max(MAX_PAYLOAD // self._token_bytes, 1)
         self._changed = threading.Condition()
         self._admitted: Future[None] = Future()
@@ -232,9 +196,9 @@ class Outgoing:
             self._changed.notify_all()
         self.deny(reason)
 
-    def run(self, greet: Callable[[], object]) -> None:
-        """From the admission to the end, in the calling thread and one more; ``greet`` tells the target that it is
-        admitted. Raises Refusal when it is not."""
+    def run(self) -> bool:
+        """From the admission to the end, in the calling thread and one more. Returns whether the channel is still of
+        use. Raises Refusal when it is not admitted; then nothing has been said yet."""
         try:
             self._admitted.result(PEER_LIMIT_S)
         except TimeoutError:
@@ -243,7 +207,7 @@ class Outgoing:
             raise Refusal(self.reason) from None
         sender = threading.Thread(target=self._send, name="kv-send", daemon=True)
         try:
-            greet()
+            self._channel.send(encode(Opened()))
             sender.start()
             verdict = self._channel.receive(lambda frame: _VERDICT.decode(frame.header))
             with self._changed:
@@ -257,22 +221,24 @@ class Outgoing:
         except (OSError, ProtocolError, IllegalTransition, msgspec.DecodeError) as error:
             self._broke(str(error))
         finally:
-            self._channel.close()
+            if self.state is not SourceState.HANDED:
+                self._channel.close()
             if sender.ident is not None:
                 sender.join()
         if self.state is not SourceState.GONE:
             self._settled(self)
+        return self.state is SourceState.HANDED
 
     def _send(self) -> None:
         try:
             while (found := self._next()) is not None:
                 if found == ():
-                    self._channel.send(_encode(Alive()))
+                    self._channel.send(encode(Alive()))
                 else:
                     self._send_piece(*found)
             match self.state:
                 case SourceState.GONE:
-                    self._channel.send(_encode(Gone(self.reason)))
+                    self._channel.send(encode(Gone(self.reason)))
                 case SourceState.OFFERED:
                     self._make_offer()
                 case _:
@@ -282,7 +248,8 @@ class Outgoing:
         except Exception as error:
             _log.exception("KV of request %s cannot be read", self.ask.request_id)
             self._broke(f"the KV cannot be read: {error}")
-        self._channel.close()
+        if self.state is not SourceState.HANDED:
+            self._channel.close()
 
     def _next(self) -> tuple[Piece, Give] | tuple[()] | None:
         """The next piece, once there is one; nothing when there is none for long; None when no more comes."""
@@ -308,7 +275,7 @@ class Outgoing:
                 return self._give is give
 
         began = time.monotonic()
-        checksum = self._channel.send(_encode(piece), size, fill)
+        checksum = self._channel.send(encode(piece), size, fill)
         if checksum is None:
             return
         with self._changed:
@@ -321,7 +288,7 @@ class Outgoing:
         assert self._offer is not None
         with self._changed:
             digest = self._machine.digest
-        self._channel.send(_encode(self._offer(digest)))
+        self._channel.send(encode(self._offer(digest)))
         with self._changed:
             if not self._changed.wait_for(lambda: self._machine.is_over, PEER_LIMIT_S):
                 self.reason = f"the target does not answer for {PEER_LIMIT_S:g} s"
@@ -331,129 +298,6 @@ class Outgoing:
             self._machine.broke()
             self.reason = self.reason or reason
             self._changed.notify_all()
-
-
-class KvServer:
-    """Gives the KV of one instance's requests to others, at ``address``. ``opened`` is called from a thread with each
-    handoff that is asked for, to ``admit`` or ``deny`` it; ``settled`` as Outgoing says. ``most`` handoffs at once.
-
-    Raises OSError when the address is taken, and ValueError when it is none.
-    """
-
-    def __init__(
-        self,
-        address: str,
-        layout: Layout,
-        instance: str,
-        epoch: int,
-        token: str,
-        opened: Callable[[Outgoing], None],
-        settled: Callable[[Outgoing], None],
-        most: int = MAX_HANDOFFS,
-    ) -> None:
-        self._most = most
-        self._layout = layout
-        self._instance = instance
-        self._epoch = epoch
-        self._token = token
-        self._opened = opened
-        self._settled = settled
-        self._lock = threading.Lock()
-        self._threads: dict[threading.Thread, SocketChannel] = {}
-        self._handoffs: dict[threading.Thread, Outgoing] = {}
-        self._closed = self._closing = False
-        self._socket, self.address = tcp.listen(address)
-        self._listener = threading.Thread(target=self._accept, name="kv-listen", daemon=True)
-        self._listener.start()
-
-    def close(self) -> None:
-        """Cut all handoffs and free the address. Returns when no thread is left."""
-        self._closing = True
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(SHUT_RDWR)
-        self._socket.close()
-        self._listener.join()
-        with self._lock:
-            self._closed = True
-            threads, handoffs = dict(self._threads), list(self._handoffs.values())
-        for outgoing in handoffs:
-            outgoing.ended("the instance stopped")
-        for thread, channel in threads.items():
-            channel.close()
-            thread.join()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                sock, _ = self._socket.accept()
-            except OSError as error:
-                if self._closing:
-                    return
-                # Too many open files, say: others may be closed soon.
-                _log.warning("nobody can ask for KV now: %s", error)
-                time.sleep(RETRY_S)
-                continue
-            channel = SocketChannel(sock, SMALL_HEADER, 0)
-            thread = threading.Thread(target=self._serve, args=(channel,), name="kv-source", daemon=True)
-            with self._lock:
-                full = len(self._threads) >= self._most
-                if not full:
-                    self._threads[thread] = channel
-            if full:
-                channel.release()
-            else:
-                thread.start()
-
-    def _serve(self, control: SocketChannel) -> None:
-        with contextlib.ExitStack() as stack:
-            stack.callback(self._forget)
-            stack.callback(control.release)
-            stack.callback(control.close)
-            try:
-                self._answer(control, stack)
-            except Refusal as refusal:
-                with contextlib.suppress(OSError):
-                    control.send(_encode(Gone(str(refusal))))
-            except (OSError, ProtocolError, msgspec.DecodeError) as error:
-                _log.warning("somebody who asked for KV broke off: %s", error)
-
-    def _answer(self, control: SocketChannel, stack: contextlib.ExitStack) -> None:
-        """One handoff, from what its target asks for to its end."""
-        control.limit_receive(PEER_LIMIT_S)
-        ask = control.receive(lambda frame: _OPEN.decode(frame.header))
-        channel: Channel = control
-        # Before anything else: a target that still writes does not read what is said to it.
-        ring = shm.take_ring(control.sock) if ask.ring else None
-        if ring is not None:
-            stack.callback(ring.close)
-            channel = shm.RingSource(control, ring)
-        self._check(ask)
-        control.limit_receive(None)
-        outgoing = Outgoing(ask, channel, self._settled)
-        with self._lock:
-            if self._closed:
-                raise Refusal("the instance stopped")
-            self._handoffs[threading.current_thread()] = outgoing
-        self._opened(outgoing)
-        outgoing.run(lambda: control.send(_encode(Opened(ring is not None))))
-
-    def _forget(self) -> None:
-        with self._lock:
-            del self._threads[threading.current_thread()]
-            self._handoffs.pop(threading.current_thread(), None)
-
-    def _check(self, ask: Open) -> None:
-        """Raise Refusal unless this instance is the one that is asked, by one of the fleet that can use its KV."""
-        if not compare_digest(ask.token.encode(), self._token.encode()):
-            raise Refusal("only instances of this fleet get KV here: check kv_token")
-        if ask.version != VERSION:
-            raise Refusal(f"KV is handed over by version {VERSION} here, not {ask.version}: run one release everywhere")
-        if (ask.instance, ask.epoch) != (self._instance, self._epoch):
-            raise Refusal(
-                f"this is epoch {self._epoch} of instance {self._instance}, not {ask.epoch} of {ask.instance}"
-            )
-        if ask.layout != self._layout:
-            raise Refusal(f"KV is laid out otherwise: {self._layout} at the source, {ask.layout} at the target")
 
 
 @dataclass(frozen=True, slots=True)
@@ -484,27 +328,29 @@ News = NeedsRoom | Offered | Failed
 
 
 class Incoming:
-    """One handoff at its target. ``ask`` goes to the source at ``address``. ``take`` is called for as many tokens as
-    ``grow`` has said, none at first; ``tell``, from a thread, with what the engine's event loop has to decide. A source
-    that says nothing for ``silent_s`` seconds is taken for dead."""
+    """One handoff at its target: ``ask`` goes to the ``source`` on one of the ``links``. ``take`` is called for as many
+    tokens as ``grow`` has said, none at first; ``tell``, from a thread, with what the engine's event loop has to
+    decide."""
 
     def __init__(
         self,
-        address: str,
+        links: KvLinks,
+        source: KvSource,
         ask: Open,
+        layout: Layout,
         take: Take,
         tell: Callable[[Incoming, News], None],
-        silent_s: float = PEER_LIMIT_S,
     ) -> None:
         self.ask = ask
-        self._silent_s = silent_s
-        self._address = address
+        self._links = links
+        self._source = source
+        self._token_bytes = layout.token_bytes
         self._room = 0
         self._take = take
         self._tell = tell
-        self._machine = Target(ask.layout.num_layers, ask.start)
+        self._machine = Target(layout.num_layers, ask.start)
         self._changed = threading.Condition()
-        self._channel: SocketChannel | None = None
+        self._link: KvLink | None = None
         self._waits_for_room = False
         self._reason = ""
         self._thread = threading.Thread(target=self._run, name="kv-target", daemon=True)
@@ -527,8 +373,8 @@ class Incoming:
         more."""
         with self._changed:
             receives = self._machine.state is TargetState.RECEIVING and not self._waits_for_room
-            if receives and self._channel is not None:
-                self._channel.stop_receiving()
+            if receives and self._link is not None:
+                self._link.control.stop_receiving()
             self._machine.refuse()
             self._reason = reason
             self._changed.notify_all()
@@ -543,50 +389,66 @@ class Incoming:
         self._thread.join()
 
     def _run(self) -> None:
-        channel: Channel | None = None
-        with contextlib.ExitStack() as stack:
-            try:
-                channel = self._open(stack)
-                self._converse(channel)
-                return
-            except (OSError, ValueError, ProtocolError, Refusal, IllegalTransition, msgspec.DecodeError) as error:
-                reason = str(error)
-            except Exception as error:
-                _log.exception("KV of request %s cannot be stored", self.ask.request_id)
-                reason = f"the KV cannot be stored: {error}"
+        reason = ""
+        try:
+            self._open()
+            assert self._link is not None
+            self._converse(self._link.channel)
+        except (OSError, ValueError, ProtocolError, Refusal, IllegalTransition, msgspec.DecodeError) as error:
+            reason = str(error) or type(error).__name__
+        except Exception as error:
+            _log.exception("KV of request %s cannot be stored", self.ask.request_id)
+            reason = f"the KV cannot be stored: {error}"
+        if reason:
             with self._changed:
                 failed = not self._machine.is_over
                 self._machine.refuse()
-                refused = self._machine.state is TargetState.REFUSED
             if failed:
                 self._tell(self, Failed(reason))
-            if refused and channel is not None:
-                # The source may have made its offer, and would not know by silence that it has the request.
-                with contextlib.suppress(OSError):
-                    channel.send(_encode(Refuse(self._reason or reason)))
-                    assert self._channel is not None
-                    self._channel.drain(LINGER_S)
-
-    def _open(self, stack: contextlib.ExitStack) -> Channel:
-        """A channel on which the source sends KV. Raises Refusal when it does not, OSError, and ProtocolError."""
-        control = SocketChannel(tcp.connect(self._address))
-        stack.callback(control.release)
-        stack.callback(control.close)
         with self._changed:
+            link, self._link = self._link, None
+            accepted = self._machine.state is TargetState.ACCEPTED
+        if link is None:
+            return
+        if accepted and not reason:
+            self._links.give_back(link)
+            return
+        if reason and not accepted and link.is_greeted:
+            # The source may have made its offer, and would not know by silence that it has the request.
+            with contextlib.suppress(OSError):
+                link.channel.send(encode(Refuse(self._reason or reason)))
+                link.control.drain(LINGER_S)
+        self._links.drop(link)
+
+    def _open(self) -> None:
+        """Have the source agree to send, on a link that may have been kept: one that broke meanwhile is not the last
+        word. Raises Refusal when it does not agree, OSError, ValueError and ProtocolError."""
+        kept = self._links.take(self._source)
+        try:
+            self._ask(kept)
+        except ConnectionError:
+            with self._changed:
+                self._link = None
+                is_over = self._machine.is_over
+            self._links.drop(kept)
+            if is_over or not kept.is_greeted:
+                raise
+            self._ask(self._links.connect(self._source))
+
+    def _ask(self, link: KvLink) -> None:
+        with self._changed:
+            self._link = link
             if self._machine.is_over:
                 raise Refusal(self._reason)
-            self._channel = control
-        ring = shm.make_ring() if tcp.is_local(self._address) else None
-        if ring is not None:
-            stack.callback(ring.close)
-        control.limit_receive(self._silent_s)
-        control.send(_encode(msgspec.structs.replace(self.ask, ring=ring is not None)))
-        if ring is not None:
-            shm.pass_ring(control.sock, ring)
-        answer = control.receive(lambda frame: _ANSWER.decode(frame.header))
-        if isinstance(answer, Gone):
+        link.greet(self._links.limit_s)
+        link.control.limit_receive(self._links.limit_s)
+        link.channel.send(encode(self.ask))
+        answer: Opened | Gone = link.channel.receive(lambda frame: _ANSWER.decode(frame.header))
+        if isinstance(answer, Gone):  # nothing is under way
+            with self._changed:
+                self._link = None
+            self._links.give_back(link)
             raise Refusal(answer.reason)
-        return shm.RingTarget(control, ring) if ring is not None and answer.ring else control
 
     def _converse(self, channel: Channel) -> None:
         """Take all KV, have the engine decide, and tell the source."""
@@ -602,7 +464,7 @@ class Incoming:
         with self._changed:
             self._changed.wait_for(lambda: self._machine.is_over)
             accepted = self._machine.state is TargetState.ACCEPTED
-        channel.send(_encode(Accept() if accepted else Refuse(self._reason)))
+        channel.send(encode(Accept() if accepted else Refuse(self._reason)))
 
     def _take_frame(self, frame: Frame) -> Offer | None:
         """Put a piece where it belongs, or return the offer. Raises Refusal when there is nothing more to come."""
@@ -618,7 +480,7 @@ class Incoming:
         return news
 
     def _take_piece(self, piece: Piece, frame: Frame) -> None:
-        if len(frame.payload) != piece.count * self.ask.layout.token_bytes:
+        if len(frame.payload) != piece.count * self._token_bytes:
             raise ProtocolError(f"KV of {piece.count} tokens in {len(frame.payload)} bytes")
         with self._changed:
             if piece.end > self._room:

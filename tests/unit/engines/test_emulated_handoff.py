@@ -12,10 +12,11 @@ import pytest
 from tests.contract.support import Stream, driven, emulated, fast_profile
 
 from hyperflexis.core.latency import Coefficients
+from hyperflexis.core.links import KvSource
 from hyperflexis.core.transfer import Piece
 from hyperflexis.engines.emulated_kv import NUM_LAYERS, EmulatedKv, KvHistory
 from hyperflexis.errors import ProtocolError
-from hyperflexis.wire import KvSource, Sampling
+from hyperflexis.wire import Sampling
 
 TOKENS = list(range(100, 140))
 

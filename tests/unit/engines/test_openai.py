@@ -10,9 +10,10 @@ import pytest
 from tests.contract.openai_server import OpenAIServer
 from tests.contract.support import LIMIT_S, Driver, Stream, driven, fast_profile
 
+from hyperflexis.core.links import KvSource
 from hyperflexis.engines.openai import OpenAIConfig, OpenAIEngine
 from hyperflexis.errors import HyperFlexisError
-from hyperflexis.wire import Generate, KvSource, Sampling, TokenLogprob
+from hyperflexis.wire import Generate, Sampling, TokenLogprob
 
 
 @pytest.fixture

@@ -15,9 +15,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from hyperflexis.core.links import KvSource
 from hyperflexis.core.transfer import Piece, SourceState
-from hyperflexis.transfer import kv, tcp
-from hyperflexis.transfer.kv import Failed, Incoming, KvServer, Layout, NeedsRoom, Offered, Open, Outgoing, digest_of
+from hyperflexis.transfer import kv, links, tcp
+from hyperflexis.transfer.kv import Failed, Incoming, NeedsRoom, Offered, Open, Outgoing, digest_of
+from hyperflexis.transfer.links import Hello, KvLinks, Layout, Welcome
+from hyperflexis.transfer.server import KvServer
 from hyperflexis.transfer.tcp import SocketChannel
 
 LIMIT_S = 20.0
@@ -62,30 +65,39 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Source]:
     one = Source("127.0.0.1:0" if request.param == "tcp" else f"unix:{tmp_path}/kv")
     yield one
     one.server.close()
-    assert not [thread for thread in threading.enumerate() if thread.name in ("kv-source", "kv-send", "kv-listen")]
+    names = ("kv-source", "kv-send", "kv-listen")
+    wait(lambda: not [thread for thread in threading.enumerate() if thread.name in names])
+
+
+def greeting(**hello: Any) -> Hello:
+    fields: dict[str, Any] = {"version": links.VERSION, "token": "word", "instance": "", "epoch": 0, "layout": LAYOUT}
+    return Hello(**(fields | hello))
 
 
 class Target:
     """Asks a source, has room for all, and keeps what it is told."""
 
-    def __init__(self, source: Source, room: int = 1 << 30, silent_s: float = LIMIT_S, **ask: Any) -> None:
+    def __init__(
+        self,
+        source: Source,
+        room: int = 1 << 30,
+        silent_s: float = LIMIT_S,
+        start: int = 0,
+        num_tokens: int = 100,
+        keeps: KvLinks | None = None,
+        **hello: Any,
+    ) -> None:
         self.news: queue.Queue[object] = queue.Queue()
         self.memory = Memory()
-        fields: dict[str, Any] = {
-            "version": kv.VERSION,
-            "token": "word",
-            "instance": "here",
-            "epoch": 3,
-            "request_id": "r",
-            "layout": LAYOUT,
-            "start": 0,
-            "num_tokens": 100,
-            "digest": digest_of(b"ids"),
-            "ring": False,
-        }
-        self.ask = Open(**(fields | ask))
         self.room = room
-        self.incoming = Incoming(source.server.address, self.ask, self.memory.take, self.told, silent_s)
+        self.incoming = Incoming(
+            keeps or KvLinks(greeting(**hello), lambda *told: None, silent_s),
+            KvSource(source.server.address, hello.get("instance", "here"), hello.get("epoch", 3)),
+            Open("r", start, num_tokens, digest_of(b"ids")),
+            LAYOUT,
+            self.memory.take,
+            self.told,
+        )
         self.incoming.grow(room)
 
     def told(self, incoming: Incoming, news: object) -> None:
@@ -108,6 +120,7 @@ def admitted(source: Source, memory: Memory, computed: int = 0) -> Outgoing:
 def test_kv_leaves_layer_by_layer_as_it_is_computed_and_is_accepted(source: Source) -> None:
     target, memory = Target(source), Memory(200)
     outgoing = admitted(source, memory, 30)
+    wait(lambda: [len(one) for one in target.memory.layers] == [30] * LAYERS)
     for end in (70, 100):
         for layer in range(LAYERS):
             outgoing.layer_computed(layer, end)
@@ -151,7 +164,9 @@ def test_a_source_that_is_silent_is_taken_for_dead() -> None:
     sock, _ = listener.accept()
     opened = SocketChannel(sock)
     opened.receive(lambda frame: None)
-    opened.send(msgspec.msgpack.encode(kv.Opened(False)))
+    opened.send(msgspec.msgpack.encode(Welcome()))
+    opened.receive(lambda frame: None)
+    opened.send(msgspec.msgpack.encode(kv.Opened()))
     assert isinstance(again.hears(), Failed), "and stopped after it had answered"
     again.incoming.join()
     for one in (channel, opened):
@@ -267,7 +282,7 @@ def test_kv_that_cannot_be_read_or_stored_is_a_failure_of_the_handoff_alone(sour
     ("ask", "why"),
     [
         ({"token": "wrong"}, "kv_token"),
-        ({"version": 99}, f"version {kv.VERSION}"),
+        ({"version": 99}, f"version {links.VERSION}"),
         ({"instance": "there"}, "instance here"),
         ({"epoch": 4}, "epoch 3"),
         ({"layout": msgspec.structs.replace(LAYOUT, num_layers=5)}, "laid out otherwise"),
@@ -322,7 +337,9 @@ def test_a_source_that_breaks_the_rules_is_left(tmp_path: Path, frames: list[tup
         sock, _ = listener.accept()
         channel = SocketChannel(sock)
         channel.receive(lambda frame: None)
-        channel.send(msgspec.msgpack.encode(kv.Opened(False)))
+        channel.send(msgspec.msgpack.encode(Welcome()))
+        channel.receive(lambda frame: None)
+        channel.send(msgspec.msgpack.encode(kv.Opened()))
         for header, size in frames:
             channel.send(header, size, (lambda memory: True) if size else None)
         while sock.recv(1 << 16):

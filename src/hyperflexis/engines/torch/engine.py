@@ -12,6 +12,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,10 +22,11 @@ import torch
 
 from ...batcher import Batch, Batcher, BatcherConfig, Emitted, RequestTooLong, Sampled, Sequence
 from ...core.latency import Coefficients, OnlineFit
+from ...core.links import KvSource
 from ...errors import HyperFlexisError, ProtocolError
 from ...policy.catalog import StepFunctions
 from ...wire import Generate
-from ..base import Emission, Ending, EngineInfo, EngineReport, Sink
+from ..base import Emission, Ending, EngineInfo, EngineReport, Linked, Sink
 from ..driver import finished, report_of, sequence_of
 from ..handoff import HandoffConfig, Handoffs
 from .handoff import TorchDevice
@@ -82,7 +84,14 @@ class TorchEngine:
         self._failure: str | None = None
         self._task: asyncio.Task[None] | None = None
 
-    async def start(self, sink: Sink, ending: Ending | None = None, instance: str = "", epoch: int = 0) -> EngineInfo:
+    async def start(
+        self,
+        sink: Sink,
+        ending: Ending | None = None,
+        instance: str = "",
+        epoch: int = 0,
+        linked: Linked | None = None,
+    ) -> EngineInfo:
         """Load the weights, measure a few iterations, and take requests from then on."""
         self._sink = sink
         config = self._config
@@ -101,6 +110,7 @@ class TorchEngine:
             self._streams,
             sink,
             ending,
+            linked,
             self._wake.set,
         )
         self._task = loop.create_task(self._run())
@@ -159,6 +169,10 @@ class TorchEngine:
 
     def set_role(self, prefill_share: float) -> None:
         """Accepted and without effect: the instance takes what it is sent."""
+
+    def keep_links(self, sources: Iterable[KvSource]) -> None:
+        """See Engine."""
+        self._handoffs.keep_links(sources)
 
     def drain(self) -> None:
         """See the contract."""

@@ -18,7 +18,8 @@ from torch import Tensor
 from ...batcher import Sequence
 from ...core.transfer import Piece
 from ...errors import ProtocolError
-from ...transfer.kv import Give, Layout, Take
+from ...transfer.kv import Give, Take
+from ...transfer.links import Layout
 from ...wire import TokenLogprob
 from .config import ModelConfig
 from .model import Model

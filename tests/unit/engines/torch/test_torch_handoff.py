@@ -13,11 +13,12 @@ import pytest
 import torch
 from tests.contract.support import Driver, driven
 
+from hyperflexis.core.links import KvSource
 from hyperflexis.engines.torch.engine import TorchConfig, TorchEngine
 from hyperflexis.engines.torch.loader import load
 from hyperflexis.engines.torch.runner import Runner, Work
 from hyperflexis.policy.catalog import STEPS
-from hyperflexis.wire import KvSource, Sampling
+from hyperflexis.wire import Sampling
 
 PROMPT = [40 + (7 * i) % 900 for i in range(150)]
 
