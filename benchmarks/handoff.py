@@ -36,6 +36,7 @@ import torch
 
 from common import RESULTS, command, environment, write_results
 from hyperflexis import wire
+from hyperflexis.core.links import KvSource
 from hyperflexis.core.transfer import Piece
 from hyperflexis.engines.base import Emission
 from hyperflexis.engines.torch.engine import TorchConfig, TorchEngine
@@ -44,7 +45,8 @@ from hyperflexis.engines.torch.sampler import Drawn
 from hyperflexis.make_model import SIZES, Recipe, make_model
 from hyperflexis.policy.catalog import STEPS
 from hyperflexis.telemetry import plot
-from hyperflexis.transfer import kv, tcp
+from hyperflexis.transfer import kv, links, tcp
+from hyperflexis.transfer.server import KvServer
 from hyperflexis.transfer.transport import MAX_PAYLOAD
 
 if TYPE_CHECKING:
@@ -93,7 +95,7 @@ class Gateway:
             self.ended[end.stream] = end
         self._moved.set()
 
-    def send(self, request_id: str, prompt: list[int], max_tokens: int, source: wire.KvSource | None = None) -> int:
+    def send(self, request_id: str, prompt: list[int], max_tokens: int, source: KvSource | None = None) -> int:
         assert self.link is not None
         self._numbers += 1
         sampling = wire.Sampling(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
@@ -118,13 +120,13 @@ class Source:
         self.trace = Trace()
         self._moved = asyncio.Event()
 
-    async def start(self) -> wire.KvSource:
+    async def start(self) -> KvSource:
         info = await self.engine.start(self.sink, lambda request_id, left_s: self.ask(request_id), "source", 1)
         self.engine._runner = Traced(self.engine._runner, self.trace)
         device = self.engine._handoffs._device
         give = device.give
         device.give = lambda seq: partial(self._given, give(seq))  # type: ignore[method-assign]
-        return wire.KvSource(info.kv_address, "source", 1)
+        return KvSource(info.kv_address, "source", 1)
 
     def _given(self, give: kv.Give, piece: Piece, into: memoryview) -> None:
         give(piece, into)
@@ -198,7 +200,7 @@ def kv_tokens(args: argparse.Namespace) -> int:
     return 2 * args.tokens + BUSY_STREAMS * (BUSY_PROMPT + 4096)
 
 
-async def handed(source: Source, gateway: Gateway, where: wire.KvSource, name: str, prompt: list[int]) -> Round:
+async def handed(source: Source, gateway: Gateway, where: KvSource, name: str, prompt: list[int]) -> Round:
     numbers: list[int] = []
     source.ask = lambda request_id: numbers.append(gateway.send(request_id, prompt, OUTPUT, where))
     end = await source.run(name, prompt, OUTPUT)
@@ -272,7 +274,7 @@ async def exposed(directory: Path, args: argparse.Namespace) -> tuple[dict[str, 
 
 # Rates.
 
-LAYOUT = kv.Layout(8, 1, 1, "bytes", 1024, "rates")
+LAYOUT = links.Layout(8, 1, 1, "bytes", 1024, "rates")
 
 
 def copy_in(data: memoryview, piece: Piece, into: memoryview) -> None:
@@ -295,7 +297,7 @@ def serve_kv(address: str, tokens: int, ready: Any, over: Any) -> None:
         outgoing.park(tokens, [], None, b"")
         outgoing.admit()
 
-    server = kv.KvServer(address, LAYOUT, "source", 1, "", opened, lambda outgoing: None)
+    server = KvServer(address, LAYOUT, "source", 1, "", opened, lambda outgoing: None)
     ready.put(server.address)
     over.wait()
     server.close()
@@ -310,12 +312,15 @@ def exchange_rate(address: str, size: int, rounds: int) -> float:
     process.start()
     at = ready.get()
     data = memoryview(bytearray(8 * MAX_PAYLOAD))
+    keeps = links.KvLinks(links.Hello(links.VERSION, "", "", 0, LAYOUT), lambda *told: None)
+    source = KvSource(at, "source", 1)
     best = 0.0
     for _ in range(rounds + 1):
         news: queue.Queue[kv.News] = queue.Queue()
         began = time.monotonic()
-        ask = kv.Open(kv.VERSION, "", "source", 1, "r", LAYOUT, 0, tokens + 1, b"", False)
-        incoming = kv.Incoming(at, ask, partial(copy_out, data), lambda _, one, news=news: news.put(one))
+        ask = kv.Open("r", 0, tokens + 1, b"")
+        take = partial(copy_out, data)
+        incoming = kv.Incoming(keeps, source, ask, LAYOUT, take, lambda _, one, news=news: news.put(one))
         incoming.grow(tokens)
         told = news.get()
         while isinstance(told, kv.NeedsRoom):

@@ -36,7 +36,7 @@ def labels(given: Sequence[str]) -> dict[str, str]:
     """Where the instance is: this host, unless it was said otherwise. Raises HyperFlexisError for what is no label."""
     found = {"host": socket.gethostname()}
     for one in given:
-        name, equals, value = one.partition("=")
+        name, _, value = one.partition("=")
         if name not in TOPOLOGY or not value:
             raise HyperFlexisError(f"--label {one}: give NAME=VALUE, where NAME is one of {', '.join(TOPOLOGY)}")
         found[name] = value

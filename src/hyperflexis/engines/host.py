@@ -46,8 +46,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class InstanceIdentity:
-    """Who this process is: ``epoch`` is minted at each launch, ``token`` is the fleet's shared word in Hello; ``labels``
-    as in InstanceInfo."""
+    """Who this process is: ``epoch`` is minted at each launch, ``token`` is the fleet's shared word in Hello. For
+    ``labels`` see InstanceInfo."""
 
     id: str
     epoch: int
