@@ -9,6 +9,9 @@ the target: what the client of a stream sees of its handoff. It is held against 
 whole prompt takes at the rate measured in the same run. The source runs here, the target in a process of its own; it is
 idle, or busy with decodes of its own. The medians of the rounds count, the largest are given.
 
+A *transition* is the time from the decision that an instance which decodes takes prompts too until a batch with the
+first of them begins: roles are a matter of placement, so the decision takes effect with the next request that is sent.
+
 Rates are of whole exchanges between two processes, from the question to the offer, over shared memory and over TCP, and
 beside them a plain copy of memory, the checksum, and a bare socket, each in pieces of the same size.
 """
@@ -56,6 +59,9 @@ LIMIT_S = 600.0
 OUTPUT = 24
 """Tokens of an answer: enough to see the target's pace after the handoff."""
 BUSY_STREAMS, BUSY_PROMPT = 4, 256
+TRANSITIONS = 20
+WANTED_TRANSITION_S = 10e-3
+"""What a transition may take besides one iteration."""
 WANTED_LAYERS, WANTED_S = 1.2, 5e-3
 """What a handoff to an idle target may expose: so many layers' transfer, and so many seconds."""
 
@@ -227,8 +233,22 @@ class Round:
         return self.gap_s - self.step_s
 
 
-async def exposed(directory: Path, args: argparse.Namespace) -> tuple[dict[str, list[Round]], Trace, int]:
-    """Rounds with an idle and with a busy target, the trace of the last idle one, and bytes of KV a token and layer."""
+async def transition(gateway: Gateway, busy: int, prompt: list[int]) -> tuple[float, float]:
+    """Seconds from now until a batch with the prompt begins, at an instance that decodes stream ``busy``, and the
+    length of the iteration before."""
+    decided_at = time.monotonic()
+    number = gateway.send(f"prompt-{len(gateway.came)}", prompt, 1)
+    await gateway.until(lambda: number in gateway.ended)
+    first_at = gateway.came[number][0][0]
+    ends = [at for at, _ in gateway.came[busy] if at < first_at - 1e-4]
+    return ends[-1] - decided_at, ends[-1] - ends[-2]
+
+
+async def exposed(
+    directory: Path, args: argparse.Namespace
+) -> tuple[dict[str, list[Round]], list[tuple[float, float]], Trace, int]:
+    """Rounds with an idle and with a busy target, transitions of a busy one, the trace of the last idle round, and
+    bytes of KV a token and layer."""
     random = torch.Generator().manual_seed(args.seed)
     found: dict[str, list[Round]] = {"idle": [], "busy": []}
     with tempfile.TemporaryDirectory() as scratch:
@@ -268,8 +288,9 @@ async def exposed(directory: Path, args: argparse.Namespace) -> tuple[dict[str, 
                         print(f"{load:5} exposed {1e3 * one.exposed_s:7.2f} ms, step {1e3 * one.step_s:6.2f} ms")
                     if load == "idle":
                         trace = Trace([*source.trace.computed], [*source.trace.sent], source.trace.first_at)
+            turns = [await transition(gateway, busy[0], prompt(BUSY_PROMPT)) for _ in range(TRANSITIONS)]
         await source.engine.stop()
-    return found, trace, layout.token_bytes
+    return found, turns, trace, layout.token_bytes
 
 
 # Rates.
@@ -454,7 +475,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch) / "model"
         make_model(directory, Recipe(size=args.size, seed=args.seed, context=2 * args.tokens))
-        rounds, trace, token_bytes = asyncio.run(exposed(directory, args))
+        rounds, turns, trace, token_bytes = asyncio.run(exposed(directory, args))
     layer_bytes = args.tokens * token_bytes
     layer_s = layer_bytes / found["KV over shared memory" if args.link == "shm" else "KV over TCP"]
     print(f"one layer of {args.tokens} tokens: {layer_bytes / 1e6:.2f} MB, {1e3 * layer_s:.2f} ms")
@@ -465,6 +486,14 @@ def main() -> None:
             f"{load:8} {one['exposed_ms']:>7} ms {one['exposed_max_ms']:>7} ms {one['allowed_ms']:>7} ms "
             f"{one['decode_step_ms']:>7} ms   {one['exposed_layers']}"
         )
+    over_s = sorted(taken - iteration for taken, iteration in turns)
+    late = {
+        "median_ms": round(1e3 * statistics.median(taken for taken, _ in turns), 3),
+        "iteration_ms": round(1e3 * statistics.median(iteration for _, iteration in turns), 3),
+        "beyond_an_iteration_max_ms": round(1e3 * over_s[-1], 3),
+        "allowed_beyond_ms": 1e3 * WANTED_TRANSITION_S,
+    }
+    print(f"a transition: {late}")
     if args.trace is not None:
         plot.save(args.trace, partial(draw, trace))
         print(f"written: {args.trace / 'handoff.png'}")
@@ -482,6 +511,7 @@ def main() -> None:
         "layer_ms": round(1e3 * layer_s, 3),
         "rounds": args.rounds,
         "targets": summaries,
+        "transition": late,
         "rates_gb_per_s": {name: round(rate / 1e9, 3) for name, rate in found.items()},
     }
     write_results(args.json, report)
