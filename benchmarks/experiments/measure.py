@@ -13,9 +13,10 @@ from hyperflexis.core.links import Split
 from hyperflexis.core.record import Record
 from hyperflexis.policy_file import load_policy
 from hyperflexis.sim.driver import SimConfig, SimResult, simulate
+from hyperflexis.sim.planned import planned_prefill
 from hyperflexis.telemetry.summary import e2e_cap_s, e2e_or_end
 
-from .scenarios import SCENARIOS, Windows
+from .scenarios import FIRST_TUNING_SEED, SCENARIOS, Windows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -87,6 +88,9 @@ def measure(windows: Windows, task: Task) -> Row:
     name, rules = load_policy(str(ROOT / task.policy) if task.policy.endswith(".py") else task.policy)
     slowness = task.slowness * task.device_factor
     arrivals = windows.arrivals(task.scenario, task.load, task.seed, task.duration_s, slowness)
+    split = split_of(task.mode, SCENARIOS[task.scenario].instances)
+    if task.mode == "auto":
+        split = Split(planned(windows, task))
     config = SimConfig(
         profile=windows.profile(task.scenario, task.slowness),
         instances=SCENARIOS[task.scenario].instances,
@@ -97,7 +101,7 @@ def measure(windows: Windows, task: Task) -> Row:
         device_factor=task.device_factor,
         report_delay_s=task.report_delay_s,
         known_lengths=task.known_lengths,
-        split=split_of(task.mode, SCENARIOS[task.scenario].instances),
+        split=split,
     )
     result = simulate(config, arrivals, task.duration_s)
     return row_of(result, time.process_time() - began, task.requests)
@@ -126,6 +130,13 @@ def row_of(result: SimResult, cpu_s: float, requests: bool) -> Row:
         exposed_s=counters.exposed_s / max(counters.handoffs, 1),
         transitions=counters.transitions,
     )
+
+
+def planned(windows: Windows, task: Task) -> int:
+    """The instances that begin with prompts alone, as planned from a tuning window of the same load."""
+    profile, instances = windows.profile(task.scenario, task.slowness), SCENARIOS[task.scenario].instances
+    arrivals = windows.arrivals(task.scenario, task.load, FIRST_TUNING_SEED, task.duration_s, task.slowness)
+    return planned_prefill(arrivals, profile, instances, task.duration_s)
 
 
 def split_of(mode: str, instances: int) -> Split | None:

@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=MODES,
         default="colocated",
         help="disaggregated: requests may decode elsewhere than their prompts are computed; auto: that, with roles "
-        "chosen by what is needed (default: %(default)s)",
+        "planned for the workload and changed as needed (default: %(default)s)",
     )
     split.add_argument(
         "--prefill", type=int, metavar="K", help="instances that begin with prompts alone (default: none)"
@@ -190,6 +190,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         leap=not args.no_leap,
         faults=tuple(parse_fault(text, args.instances) for text in args.fault),
         split=_split(args),
+        plans_split=args.mode == "auto",
     )
     # The capacity is that of the workload's own seed, so that other seeds are not measured with another yardstick.
     arrivals = generate(workload)
@@ -306,7 +307,7 @@ def _recorded(plan: Plan, log: Path | None, journal: Path | None) -> Outcomes:
             if journal is not None:
                 models = tuple(dict.fromkeys(a.model or MODEL for a in runner.arrivals(task.cell)))
                 file = files.enter_context(journal.open("wb"))
-                file.write(_journal_header(runner.controller_config(models, task.policy)))
+                file.write(_journal_header(runner.controller_config(models, task)))
                 observe = _observer(file)
             began = time.perf_counter()
             result = runner.simulate(task, observe)

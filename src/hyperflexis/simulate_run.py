@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .controller import ControllerConfig
@@ -18,6 +18,7 @@ from .policy_file import load_policy, where
 from .sim.driver import Observer, SimConfig, SimCounters, SimResult, simulate
 from .sim.faults import Fault
 from .sim.oracle import LpBound, lp_bound
+from .sim.planned import planned_prefill
 from .sim.workload import Arrival, Workload, generate, scaled
 from .telemetry.compare import Curves, Timeline, curves
 from .telemetry.summary import Summary, summarise
@@ -28,7 +29,8 @@ TIMELINE_POINTS = 400
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What all runs of a command share. ``policies`` are specs of ``load_policy``; ``workload`` is at its own rate."""
+    """What all runs of a command share. ``policies`` are specs of ``load_policy``; ``workload`` is at its own rate.
+    ``plans_split``: how many instances begin with prompts alone is planned for each cell."""
 
     workload: Workload
     profile: Profile
@@ -41,6 +43,7 @@ class Setting:
     leap: bool = True
     faults: tuple[Fault, ...] = ()
     split: Split | None = None
+    plans_split: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +109,19 @@ class Runner:
             self._cell = cell
         return self._arrivals
 
-    def controller_config(self, models: tuple[str, ...], policy: str) -> ControllerConfig:
+    def controller_config(self, models: tuple[str, ...], task: RunTask) -> ControllerConfig:
         """That of the controller which ``simulate`` runs."""
-        return ControllerConfig(models, policy, split=self.setting.split)
+        return ControllerConfig(models, task.policy, split=self._split(task.cell))
+
+    def _split(self, cell: Cell) -> Split | None:
+        setting = self.setting
+        if setting.split is None or not setting.plans_split:
+            return setting.split
+        duration_s = setting.workload.duration_s
+        return replace(
+            setting.split,
+            prefill=planned_prefill(self.arrivals(cell), setting.profile, setting.instances, duration_s),
+        )
 
     def perform(self, task: Task) -> RunOutcome | LpBound:
         """Any task, for a pool."""
@@ -134,7 +147,7 @@ class Runner:
             known_lengths=setting.known_lengths,
             leap=setting.leap,
             faults=setting.faults,
-            split=setting.split,
+            split=self._split(task.cell),
             sample_s=duration_s / TIMELINE_POINTS if task.detailed else 0.0,
         )
         try:

@@ -10,13 +10,15 @@ That is worth a role from SAVING on. Below, or where decodes need all instances,
 
     needs     instances that prompts, and decodes at the tightest pace, keep busy:  load / RHO + MARGIN * sqrt(load);
               decodes also need the KV cache that they hold
-    best      as many prefill instances as prompts keep busy, and decodes, at their largest need of PEAK_S, leave over
+    best      as many prefill instances as prompts keep busy, and decodes, at their largest need of PEAK_S, leave over;
+              two instances decode at least, where there are three
 
-One more comes when that was right GROW times in a row, a second apart: what decodes need is known late, as answers end.
-One less when decodes need it SHRINK times in a row; at once when they lack more than half an instance. For want of
-prompts alone none goes: it does no harm. A role is kept for DWELL_S. A transition moves no weights;
-what decodes on an instance that turns to prompts goes on elsewhere with its KV where its pace can be kept, else to its
-end there. In simulation pure decode instances only harm: bursts of prompts find them closed.
+One more comes when that was right GROW times in a row, a second apart, or GROW / k times when k are missing: what
+decodes need is known late, as answers end. Before SETTLE_S nothing is known. One less when decodes need it SHRINK times
+in a row; at once when they lack more than half an instance. For want of prompts alone none goes: it does no harm. A
+role is kept for DWELL_S. A transition moves no weights; what decodes on an instance that turns to prompts goes on
+elsewhere with its KV where its pace can be kept, else to its end there. In simulation pure decode instances only harm:
+bursts of prompts find them closed.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ KV_SHARE = 0.7
 computed."""
 SAVING = 1.2
 PEAK_S = 60.0
+SETTLE_S = 5.0
+"""Of a model that has had its first request so long ago, needs are extrapolated too far."""
 GROW, SHRINK = 15, 3
 DWELL_S = 5.0
 EVERY_S = 1.0
@@ -88,7 +92,15 @@ def saving(c0: float, pace_s: float) -> float:
 
 def best_prefill(prefill_need: float, decode_need: float, instances: int) -> int:
     """How many of ``instances`` should compute prompts alone."""
-    return max(min(floor(prefill_need), floor(instances - decode_need), instances - 1), 0)
+    return max(min(floor(prefill_need), floor(instances - decode_need), max(instances - 2, 1)), 0)
+
+
+def first_prefill(prefill_load: float, decode_load: float, c0: float, pace_s: float, instances: int) -> int:
+    """How many of ``instances`` should begin so, when the mean loads and the tightest pace are known: instances that
+    prompts, and decodes at that pace, keep busy."""
+    if instances < 2 or saving(c0, pace_s) < SAVING:
+        return 0
+    return best_prefill(_need(prefill_load), _need(decode_load), instances)
 
 
 def plan_roles(
@@ -96,7 +108,7 @@ def plan_roles(
 ) -> tuple[list[Change], RolesMemory]:
     """At most one change; see the module's rules. ``instances`` are those that are ready."""
     known = memory.models.get(model, ModelRoles())
-    if len(instances) < 2 or (known.needs and now - known.needs[-1].t < EVERY_S):
+    if len(instances) < 2 or now - demand.since < SETTLE_S or (known.needs and now - known.needs[-1].t < EVERY_S):
         return [], memory
     needs = needs_of(instances, demand, now)
     recent = (*(one for one in known.needs if now - one.t < PEAK_S), needs)
@@ -108,7 +120,7 @@ def plan_roles(
     change: Change | None = None
     if best > have:
         votes = max(known.votes, 0) + 1
-        if votes >= GROW:
+        if votes * (best - have) >= GROW:
             change = _turn(now, instances, True, f"prompts keep {needs.prefill:.1f} instances busy")
     elif len(instances) - needs.decode < have:
         votes = min(known.votes, 0) - 1

@@ -1,7 +1,7 @@
 """One iteration's batch on one instance: all decodes, then prefill chunks within the time budget.
 
-    1. time budget T from the slack of running requests (budget.py); less of it while a smaller chunk, whose tokens are
-       cheaper (latency.py), keeps as many on time
+    1. time budget T from the slack of running requests (budget.py); less of it while the KV cache fills, and while a
+       smaller chunk, whose tokens are cheaper (latency.py), keeps as many on time
     2. waiting requests that cannot make their deadline any more are *late*; of the others the on-time subset is
        *kept* (order.py), the rest *demoted in place*: nothing is moved or refused, each iteration decides afresh
     3. order: starving, kept by deadline, demoted by deadline, late (started first, then shortest)
@@ -45,6 +45,11 @@ HURRY = 0.6
 """Cheap chunks are taken while all that are kept would be on time at this share of their speed: who arrives next must
 find room too. In simulation (H100, load 1.1) 1 / 0.7 / 0.5 / 0.3 / never give 96.7 / 97.6 / 97.4 / 97.2 / 96.5% on
 time, and 13.5 / 13.5 / 13.7 / 14.3 / 17.4 s end to end."""
+FULL_KV_SHARE, FULL_STRETCH = 0.5, 2.0
+"""While more than this share of the KV cache is in use, an iteration lasts at most so many times what its decodes take
+alone: a request holds its KV for as many iterations as it has output tokens, and what is not there cannot begin. In
+simulation (4 H100, Mooncake, load 1.3, tuning window) 93.6% are on time instead of 90.8%, since a fifth of the prompts
+need not be computed twice. 0.6 and 2 / 2.5, 0.5 and 3, or a stretch that falls as the cache fills give less."""
 MAX_RANKED = 256
 """Waiting requests ranked per iteration, those due first; the rest wait. 128 gives the same in simulation."""
 MAX_REFUSED = 16
@@ -102,6 +107,8 @@ def plan(
         budget_s = min(budget_s, max(PROMISE_SHARE * waiting.promise_s, LEAST_C0 * latency.c0))
     share = max(1.0 - decode_s / budget_s, 0.05) if budget_s > 0.0 else 0.05
     queue = _Queue(now, waiting, latency, share)
+    if decodes and limits.kv_capacity_tokens - limits.kv_free_tokens > FULL_KV_SHARE * limits.kv_capacity_tokens:
+        budget_s = min(budget_s, FULL_STRETCH * decode_s)
     budget_s = min(budget_s, _thrifty_s(queue, budget_s, decodes, kv_tokens, latency))
     paces = [job.pace_s for job in tightest if not budget.is_lost(job, now, decode_s)]
     pace, top = min(paces, default=inf), max(running.top_value, waiting.top_value)

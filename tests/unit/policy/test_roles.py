@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 import pytest
 
 from hyperflexis.core.cluster import CONVERTIBLE, TrackedInstance
 from hyperflexis.core.demand import SLOW_S, Demand
 from hyperflexis.core.instance import InstanceInfo
 from hyperflexis.core.latency import Coefficients
-from hyperflexis.policy.roles import GROW, SHRINK, RolesMemory, best_prefill, needs_of, plan_roles, saving
+from hyperflexis.policy.roles import (
+    GROW,
+    SHRINK,
+    RolesMemory,
+    best_prefill,
+    first_prefill,
+    needs_of,
+    plan_roles,
+    saving,
+)
 
 MODEL = Coefficients(c0=0.030, c1=1e-4, c2=0.0, c3=5e-4, c4=0.0)
 
@@ -46,7 +57,8 @@ def steps(fleet: list[TrackedInstance], prefill: float, decode_work: float, seco
 def test_as_many_as_prompts_keep_busy_and_decodes_leave_over():
     assert best_prefill(2.9, 1.2, 4) == 2
     assert best_prefill(9.0, 1.2, 4) == 2
-    assert best_prefill(9.0, 0.0, 4) == 3, "somebody decodes"
+    assert best_prefill(9.0, 0.0, 4) == 2, "two decode"
+    assert best_prefill(9.0, 0.0, 2) == 1
     assert best_prefill(0.9, 0.0, 4) == 0
     assert best_prefill(3.0, 5.0, 4) == 0
 
@@ -60,7 +72,31 @@ def test_prompts_alone_are_worth_it_where_c0_is_much_of_the_pace():
 def test_prefill_instances_come_one_by_one_and_then_stay():
     fleet = instances(4)
     changes = steps(fleet, 2.5, 0.4, 120)
-    assert [(second, share) for second, _, share in changes] == [(GROW - 1, 1.0), (2 * GROW - 1, 1.0)]
+    assert [(second, share) for second, _, share in changes] == [
+        (ceil(GROW / 2) - 1, 1.0),
+        (ceil(GROW / 2) + GROW - 1, 1.0),
+    ], "the first of two sooner"
+
+
+def test_they_come_sooner_the_more_are_missing():
+    fleet = instances(8)
+    changes = steps(fleet, 9.0, 0.4, 120)
+    assert [share for *_, share in changes] == [1.0] * 6
+    assert changes[0][0] + 1 == ceil(GROW / 6) and changes[-1][0] < 3 * GROW
+
+
+def test_nothing_is_decided_on_the_first_seconds():
+    memory, young = RolesMemory(), demand(9.0, 0.4, 2.0)
+    for tick in range(20):
+        found, memory = plan_roles(0.2 * tick, "m", instances(8), young, memory)
+        assert found == [] and not memory.models
+
+
+def test_a_planner_knows_the_mean_loads():
+    assert first_prefill(4.1, 0.6, 0.030, 0.05, 8) == 4
+    assert first_prefill(9.0, 0.6, 0.030, 0.05, 8) == 6
+    assert first_prefill(4.1, 0.6, 0.005, 0.05, 8) == 0, "c0 is small"
+    assert first_prefill(4.1, 0.6, 0.030, 0.05, 1) == 0
 
 
 def test_none_comes_where_c0_is_small():
@@ -92,7 +128,7 @@ def test_a_burst_of_prompts_changes_nothing():
     fleet, memory = instances(4), RolesMemory()
     for second in range(200):
         now = 1000.0 + second
-        load = 6.0 if second % 20 < GROW - 1 else 0.5
+        load = 6.0 if second % 20 < GROW // 2 else 0.5
         found, memory = plan_roles(now, "m", fleet, demand(load, 0.4, now), memory)
         assert found == [], "never right for as long as it has to be"
 
