@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .controller import ControllerConfig
@@ -14,9 +14,12 @@ from .core.links import Split
 from .core.profile import Profile
 from .errors import HyperFlexisError
 from .policy.catalog import Policy
+from .policy.scale import ScaleConfig
 from .policy_file import load_policy, where
-from .sim.driver import Observer, SimConfig, SimCounters, SimResult, simulate
-from .sim.faults import Fault
+from .sim.config import Observer, SimConfig, SimCounters, SimResult
+from .sim.driver import simulate
+from .sim.faults import Fault, LaunchFault
+from .sim.launches import Starts, starts_in
 from .sim.oracle import LpBound, lp_bound
 from .sim.workload import Arrival, Workload, generate, scaled
 from .telemetry.compare import Curves, Timeline, curves
@@ -41,6 +44,10 @@ class Setting:
     leap: bool = True
     faults: tuple[Fault, ...] = ()
     split: Split | None = None
+    scale: ScaleConfig | None = None
+    starts: Starts = field(default_factory=lambda: starts_in(0.0))
+    shell_price: float = 1.0
+    launch_faults: tuple[LaunchFault, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +115,7 @@ class Runner:
 
     def controller_config(self, models: tuple[str, ...], policy: str) -> ControllerConfig:
         """That of the controller which ``simulate`` runs."""
-        return ControllerConfig(models, policy, split=self.setting.split)
+        return ControllerConfig(models, policy, split=self.setting.split, scale=self.setting.scale)
 
     def perform(self, task: Task) -> RunOutcome | LpBound:
         """Any task, for a pool."""
@@ -135,6 +142,10 @@ class Runner:
             leap=setting.leap,
             faults=setting.faults,
             split=setting.split,
+            scale=setting.scale,
+            starts=setting.starts,
+            shell_price=setting.shell_price,
+            launch_faults=setting.launch_faults,
             sample_s=duration_s / TIMELINE_POINTS if task.detailed else 0.0,
         )
         try:
@@ -151,7 +162,7 @@ class Runner:
         """The figures of a run."""
         setting, run = self.setting, result.run
         return RunOutcome(
-            summary=summarise([run], setting.instances * run.ended_s),
+            summary=summarise([run], result.accelerator_s),
             counters=result.counters,
             losses=Counter(r.detail for r in run.records if r.outcome in ("rejected", "failed")),
             simulated_s=run.ended_s,
@@ -164,13 +175,14 @@ class Runner:
 def timeline(result: SimResult, kv_capacity_tokens: int) -> Timeline:
     """A run's samples as one series an instance."""
     times = sorted({sample.t for sample in result.timeline})
-    waiting: dict[int, list[float]] = {}
-    kv: dict[int, list[float]] = {}
-    budget_ms: dict[int, list[float]] = {}
+    at = {t: index for index, t in enumerate(times)}
+    numbers = dict.fromkeys(sample.instance for sample in result.timeline)
+    # Before an instance is launched, and after it is stopped, nothing is there.
+    waiting, kv, budget_ms = ({number: [0.0] * len(times) for number in numbers} for _ in range(3))
     for sample in result.timeline:
-        waiting.setdefault(sample.instance, []).append(sample.waiting)
-        kv.setdefault(sample.instance, []).append(100.0 * sample.kv_tokens / kv_capacity_tokens)
-        budget_ms.setdefault(sample.instance, []).append(1000.0 * sample.budget_s)
+        waiting[sample.instance][at[sample.t]] = sample.waiting
+        kv[sample.instance][at[sample.t]] = 100.0 * sample.kv_tokens / kv_capacity_tokens
+        budget_ms[sample.instance][at[sample.t]] = 1000.0 * sample.budget_s
     return Timeline(result.run.duration_s, times, list(waiting.values()), list(budget_ms.values()), list(kv.values()))
 
 

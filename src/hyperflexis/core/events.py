@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .instance import InstanceInfo, InstanceReport
+from .instance import InstanceInfo, InstanceReport, InstanceState
+from .launch import Phase
 from .request import Request
 from .stream import Sent
 
@@ -136,6 +137,35 @@ class InstanceLeft:
 
 
 @dataclass(frozen=True, slots=True)
+class LaunchProgressed:
+    """A ``phase`` of an instance's start took ``seconds`` and is over: it is STANDBY or LOADING now. Its InstanceJoined
+    says that it is READY."""
+
+    instance: str
+    phase: Phase
+    seconds: float
+    state: InstanceState
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchFailed:
+    """An instance that was to be launched will not come up, or a shell ended. ``place`` is where that was (a node, a
+    device; empty: not known): the next launch rather goes elsewhere."""
+
+    instance: str
+    reason: str
+    place: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleAsked:
+    """A person wants a model to have so many instances, whatever is asked of it (None: as many as it needs)."""
+
+    model: str
+    instances: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time went by: is every instance well? One without effects changes nothing."""
 
@@ -152,5 +182,8 @@ Event = (
     | PrefillEnding
     | HandoffFailed
     | DrainAsked
+    | LaunchProgressed
+    | LaunchFailed
+    | ScaleAsked
     | Tick
 )
