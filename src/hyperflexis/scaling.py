@@ -199,17 +199,18 @@ class Scaling:
             wish, memories[model] = self._policy(one, scale, known)
             wishes[model] = with_override(wish, known.asked)
         granted = bound({model: wish.instances for model, wish in wishes.items()}, self.config)
-        held, memories = hold(now, granted, wishes, memories, self.config)
+        have = {model: one.instances for model, one in seen.items()}
+        held, memories = hold(now, granted, have, wishes, memories, self.config)
         self.memory = replace(self.memory, planned_at=now, models=memories)
         effects += self._finish_drains(cluster)
         for scale in self.config.models:
             model = scale.model
-            wish, have = wishes[model], seen[model].instances
+            wish, count = wishes[model], seen[model].instances
             ahead = wish.forecast
             effects.append(
                 Planned(
                     model,
-                    have,
+                    count,
                     wish.instances,
                     held[model],
                     round(ahead.level, 3),
@@ -219,13 +220,13 @@ class Scaling:
                     wish.reason,
                 )
             )
-            if held[model] < have:
-                effects += self._fewer(cluster, scale, wish, have - held[model], now)
+            if held[model] < count:
+                effects += self._fewer(cluster, scale, wish, count - held[model], now)
         # Those that go free what others may need.
         for scale in self.config.models:
-            wish, have = wishes[scale.model], seen[scale.model].instances
-            if held[scale.model] > have:
-                effects += self._more(cluster, scale, wish, held[scale.model] - have, now)
+            wish, count = wishes[scale.model], seen[scale.model].instances
+            if held[scale.model] > count:
+                effects += self._more(cluster, scale, wish, held[scale.model] - count, now)
             effects += self._shells(cluster, scale, now)
         return effects
 

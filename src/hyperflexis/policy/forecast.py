@@ -1,12 +1,11 @@
-"""How much will be asked of a model's instances when an instance that is started now is ready, and how far off that may
-be.
+"""How much will be asked of a model's instances when one that is started now is ready, and how far off that may be.
 
-    level     the larger of the mean demand of the last 5 s and of the last 30 s: bursts count at once, and are not
-              forgotten at once
+    level     the larger of the mean demand of the last seconds and of the last 30 s: bursts count at once, and are not
+              forgotten at once. Of as many seconds as a start takes, 5 to 30: a burst that is over by then is no reason
+    surge     by how much the largest 5 s mean until a start is over exceeds the level: the root of the mean square of
+              the last half hour. Where starts are quick or arrivals even, it is small; where bursts come faster than
+              instances, it is what has to be there before
     noise     standard deviation of the 5 s mean, if requests came independently of each other
-    surge     by how much the demand exceeds the level at some time until a start is over, in square roots of the level:
-              what one second in a hundred of the last half hour exceeded. Independent arrivals have 1 to 2
-    peak      the largest 5 s mean of the last half hour
     error     mean relative error of the level as a forecast over the time of a start
 
 No slope: where starts take a minute it follows bursts that are over by then, and costs twice as much. No daily profile:
@@ -16,72 +15,121 @@ without matching days to learn from it had nothing to say.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from math import ceil, sqrt
+from dataclasses import dataclass
+from math import ceil, log2, sqrt
 
 from ..core.demand import FAST_S, SLOW_S, Sample
 
-WINDOW_S = 1800
-"""Samples, one a second, from which surges and peaks are told."""
-SURGE = 0.99
+WINDOW_S = 1800.0
+"""Surges are forgotten within about this time."""
 LEAST_LEVEL = 0.25
-"""In instances: below that, a single request is a surge."""
+"""In instances: errors are relative to at least this."""
 ERROR_S = 300.0
 """Errors fade within about this time."""
+QUICK_S = 10.0
+"""Starts that take no longer can answer to a burst while it lasts: then the last second counts too, less its noise."""
+BINS = 16
+"""Of the distribution of means, for each doubling: 4% apart."""
 FAST, SLOW = int(FAST_S), int(SLOW_S)
 
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What is remembered: ``samples`` of the last SLOW seconds; of the last WINDOW_S the 5 s ``means``, and of as many
-    as a start takes the ``levels``; ``surges`` so far."""
+    """What is remembered, one entry a second: ``samples`` of the last SLOW seconds; 5 s ``means`` and ``levels`` of as
+    many as a start takes; the mean ``square`` of ``count`` surges."""
 
     samples: tuple[Sample, ...] = ()
     means: tuple[float, ...] = ()
     levels: tuple[float, ...] = ()
-    surges: tuple[float, ...] = ()
+    square: float = 0.0
+    count: int = 0
     error: float = 0.0
+    seen: int = 0
+    usual: float = 0.0
+    shares: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """See the module; all in instances but ``surge`` and ``error``. ``prefill`` and ``decode`` are the levels of either
-    alone."""
+    """See the module; all in instances but ``error``. ``prefill`` and ``decode`` are the levels of either alone."""
 
     level: float
     prefill: float
     decode: float
     noise: float
     surge: float
-    peak: float
+    usual: float
+    shares: tuple[float, ...]
     error: float
     horizon_s: float
 
 
 def forecast(history: History, sample: Sample, horizon_s: float) -> tuple[Forecast, History]:
-    """Take in the latest second and look ``horizon_s`` seconds ahead."""
+    """Take in the latest second and look ``horizon_s`` seconds, the time of a start, ahead."""
     samples = (*history.samples[1 - SLOW :], sample)
-    prefill, decode = _level(samples, lambda one: one.prefill), _level(samples, lambda one: one.decode)
-    level = _level(samples, lambda one: one.prefill + one.decode)
-    mean = _mean(samples[-FAST:], lambda one: one.prefill + one.decode)
-    means = (*history.means[1 - WINDOW_S :], mean)
     horizon = max(ceil(horizon_s), 1)
-    levels, surges, error = history.levels, history.surges, history.error
-    if len(levels) >= horizon:
-        before = levels[-horizon]
-        surge = (max(means[-horizon:]) - before) / sqrt(max(before, LEAST_LEVEL))
-        surges = (*surges[1 - WINDOW_S :], surge)
-        error += (abs(mean - before) / max(mean, LEAST_LEVEL) - error) / ERROR_S
-    levels = (*levels[1 - horizon :], level) if horizon > 1 else (level,)
+    recent = samples[-min(max(horizon, FAST), SLOW) :]
+
+    def level(of: Callable[[Sample], float], square: Callable[[Sample], float]) -> float:
+        found = max(_mean(recent, of), _mean(samples, of))
+        return max(found, of(sample) - sqrt(square(sample))) if horizon_s <= QUICK_S else found
+
+    both = level(_total, _total_square)
+    mean = _mean(samples[-FAST:], _total)
+    means = (*history.means[-horizon:], mean)[-horizon:]
+    square, count, error = history.square, history.count, history.error
+    if len(history.levels) >= horizon:
+        before = history.levels[-horizon]
+        count += 1
+        square += (max(max(means) - before, 0.0) ** 2 - square) / min(count, WINDOW_S)
+        error += (abs(mean - before) / max(mean, LEAST_LEVEL) - error) / min(count, ERROR_S)
+    levels = (*history.levels[-horizon:], both)[-horizon:]
     noise = sqrt(sum(one.prefill_square for one in samples[-FAST:]) / FAST**2 + sample.decode_square)
-    top = sorted(surges)[int(SURGE * len(surges))] if surges else 0.0
-    found = Forecast(level, prefill, decode, noise, top, max(means), error, horizon_s)
-    return found, replace(history, samples=samples, means=means, levels=levels, surges=surges, error=error)
+    prefill = level(lambda one: one.prefill, lambda one: one.prefill_square)
+    decode = level(lambda one: one.decode, lambda one: 0.0)
+    seen = history.seen + 1
+    usual = history.usual + (mean - history.usual) / min(seen, WINDOW_S)
+    shares = _with(history.shares, _bin(mean), 1.0 / min(seen, WINDOW_S))
+    found = Forecast(both, prefill, decode, noise, sqrt(square), usual, shares, error, horizon_s)
+    return found, History(samples, means, levels, square, count, error, seen, usual, shares)
 
 
-def _level(samples: Sequence[Sample], of: Callable[[Sample], float]) -> float:
-    return max(_mean(samples[-FAST:], of), _mean(samples, of))
+def enough(shares: Sequence[float], lost: float) -> float:
+    """The smallest fleet, in instances, beyond which only a share ``lost`` of all demand was."""
+    demand = sum(share * _edge(index) for index, share in enumerate(shares))
+    above = tail = 0.0
+    for index in range(len(shares) - 1, 0, -1):
+        above += shares[index]
+        tail += shares[index] * _edge(index)
+        if tail - above * _edge(index - 1) > lost * demand:
+            return _edge(index)
+    return 0.0
+
+
+def _bin(mean: float) -> int:
+    return ceil(BINS * log2(1.0 + max(mean, 0.0)) - 1e-9)
+
+
+def _edge(index: int) -> float:
+    """The most of a bin."""
+    return float(2.0 ** (index / BINS) - 1.0)
+
+
+def _with(shares: Sequence[float], index: int, weight: float) -> tuple[float, ...]:
+    """A distribution that forgets a part for each new value."""
+    found = [share * (1.0 - weight) for share in shares]
+    found += [0.0] * (index + 1 - len(found))
+    found[index] += weight
+    return tuple(found)
 
 
 def _mean(samples: Sequence[Sample], of: Callable[[Sample], float]) -> float:
     return sum(of(one) for one in samples) / len(samples)
+
+
+def _total(one: Sample) -> float:
+    return one.prefill + one.decode
+
+
+def _total_square(one: Sample) -> float:
+    return one.prefill_square + one.decode_square

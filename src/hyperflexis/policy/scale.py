@@ -29,7 +29,7 @@ from math import ceil, sqrt
 from ..core.demand import Sample
 from ..core.latency import Coefficients
 from ..core.launch import Means
-from .forecast import Forecast, History, forecast
+from .forecast import LEAST_LEVEL, WINDOW_S, Forecast, History, enough, forecast
 
 EVERY_S = 1.0
 """How often this is asked."""
@@ -39,9 +39,11 @@ GAIN = 0.05
 RATE_S = 60.0
 """The rate of arrivals fades within this time."""
 SPARE = 1.10
-GUARD = 3.0
+GUARD = 1.2
+LOST = 2.0
+LEARN_START_S = 4.0
 KV_SHARE = 0.9
-LEAST_HOLD_S, MOST_HOLD_S, HOLD_STARTS = 10.0, 300.0, 10.0
+LEAST_HOLD_S, MOST_HOLD_S, HOLD_STARTS = 10.0, 300.0, 5.0
 QUIET_S = 300.0
 QUIET_NOISE = 2.0
 """A fall within so many standard deviations of independent arrivals says nothing."""
@@ -119,6 +121,7 @@ class Wish:
     reason: str
     prefill: float = 0.0
     decode: float = 0.0
+    quiet: float = 0.0
 
 
 ScalePolicy = Callable[[Seen, ModelScale, ModelMemory], tuple[Wish, ModelMemory]]
@@ -134,11 +137,13 @@ def desired(seen: Seen, scale: ModelScale, memory: ModelMemory) -> tuple[Wish, M
     if rate > 0.0:
         beta += GAIN * (sample.misses - (1.0 - scale.target) * sample.outcomes) / max(rate, 1.0 / RATE_S)
         beta = min(max(beta, LEAST_BETA), MOST_BETA)
-    need = max(ahead.level + beta * sqrt(ahead.level), 0.0)
-    reason = f"demand {ahead.level:.2f} and {beta:.2f} roots of it"
-    if ahead.surge > GUARD and ahead.peak > need:
-        need = ahead.peak
-        reason = f"peak {ahead.peak:.2f}, since demand surges faster than a start takes"
+    need = _with_margin(ahead.level, ahead.surge, beta)
+    reason = f"demand {ahead.level:.2f}, surges {ahead.surge:.2f}, margin {beta:.2f}"
+    hold_s = _hold_s(seen.start_s, history.count)
+    if ahead.surge > GUARD * sqrt(max(ahead.usual, LEAST_LEVEL)):
+        hold_s = WINDOW_S
+        need = max(enough(ahead.shares, LOST * (1.0 - scale.target)) + (beta - FIRST_BETA) * sqrt(ahead.usual), 0.0)
+        reason = f"{need:.2f}, held for half an hour: demand surges by {ahead.surge:.2f} within a start"
     if seen.kv / KV_SHARE > need:
         need = seen.kv / KV_SHARE
         reason = f"KV in use fills {seen.kv:.2f} caches"
@@ -148,23 +153,18 @@ def desired(seen: Seen, scale: ModelScale, memory: ModelMemory) -> tuple[Wish, M
     if count < seen.instances:
         count = min(seen.instances, max(count, ceil(SPARE * need - 1e-9)))
     memory = replace(memory, history=history, beta=beta, rate=rate)
-    return Wish(count, _hold_s(seen, ahead, need), beta, ahead, reason, *_sides(ahead, beta)), memory
+    prefill, decode = (_with_margin(side, ahead.surge, beta) for side in (ahead.prefill, ahead.decode))
+    return Wish(count, hold_s, beta, ahead, reason, prefill, decode, 1.0 + QUIET_NOISE * ahead.noise), memory
 
 
-def _sides(ahead: Forecast, beta: float) -> tuple[float, float]:
-    """Instances that prompts and decodes need, if each is alone on its own."""
-    return (
-        max(ahead.prefill + beta * sqrt(ahead.prefill), 0.0),
-        max(ahead.decode + beta * sqrt(ahead.decode), 0.0),
-    )
+def _with_margin(level: float, surge: float, beta: float) -> float:
+    return max(level + beta * sqrt(level + surge * surge), 0.0)
 
 
-def _hold_s(seen: Seen, ahead: Forecast, need: float) -> float:
-    start_s = seen.start_s
-    hold_s = max(LEAST_HOLD_S, min(HOLD_STARTS * start_s, MOST_HOLD_S), 2.0 * start_s)
-    if seen.instances - need < 1.0 + QUIET_NOISE * ahead.noise:
-        hold_s = max(hold_s, QUIET_S)
-    return hold_s
+def _hold_s(start_s: float, seen: int) -> float:
+    if start_s > LEARN_START_S and seen < MOST_HOLD_S:
+        return MOST_HOLD_S  # how it surges is not known yet
+    return max(LEAST_HOLD_S, min(HOLD_STARTS * start_s, MOST_HOLD_S), 2.0 * start_s)
 
 
 def bound(wishes: Mapping[str, int], scale: ScaleConfig) -> dict[str, int]:
@@ -194,11 +194,13 @@ def bound(wishes: Mapping[str, int], scale: ScaleConfig) -> dict[str, int]:
 def hold(
     now: float,
     granted: Mapping[str, int],
+    instances: Mapping[str, int],
     wishes: Mapping[str, Wish],
     memories: Mapping[str, ModelMemory],
     scale: ScaleConfig,
 ) -> tuple[dict[str, int], dict[str, ModelMemory]]:
-    """The largest grant of each model within its ``hold_s``, as far as the others leave devices for it."""
+    """The largest grant of each model within its ``hold_s``, of what is left of its ``instances``, as far as the others
+    leave devices for it. What has gone is not held: a longer hold than before brings nothing back."""
     free = None
     if scale.devices is not None:
         free = scale.devices - sum(granted[one.model] * one.devices for one in scale.models if one.model in granted)
@@ -208,7 +210,9 @@ def hold(
             continue
         count, memory, wish = granted[one.model], memories[one.model], wishes[one.model]
         past = max((n for t, n in memory.grants if t > now - wish.hold_s), default=0)
-        more = max(min(past, one.most) - count, 0)
+        if instances[one.model] - max(past, count) < wish.quiet:
+            past = max((n for t, n in memory.grants if t > now - max(wish.hold_s, QUIET_S)), default=0)
+        more = max(min(past, one.most, instances[one.model]) - count, 0)
         if free is not None:
             more = min(more, max(free, 0) // one.devices)
             free -= more * one.devices
