@@ -45,7 +45,8 @@ LEARN_START_S = 4.0
 KV_SHARE = 0.9
 LEAST_HOLD_S, MOST_HOLD_S, HOLD_STARTS = 10.0, 300.0, 5.0
 QUIET_S = 300.0
-QUIET_NOISE = 2.0
+IDLE_S = 300.0
+QUIET_NOISE = 6.0
 """A fall within so many standard deviations of independent arrivals says nothing."""
 
 
@@ -97,13 +98,14 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class ModelMemory:
-    """What is remembered of one model. ``beta``: the margin; ``rate``: arrivals per second; ``votes``: how many seconds
-    in a row more (positive) or fewer instances were wanted; ``grants``: what ``bound`` gave and when, only what no
-    later one exceeds; ``asked``: what a person wants."""
+    """What is remembered of one model. ``beta``: the margin; ``rate``: arrivals per second; ``idle_s``: without any
+    request; ``votes``: how many seconds in a row more (positive) or fewer instances were wanted; ``grants``: what
+    ``bound`` gave and when, only what no later one exceeds; ``asked``: what a person wants."""
 
     history: History = field(default_factory=History)
     beta: float = FIRST_BETA
     rate: float = 0.0
+    idle_s: float = 0.0
     votes: int = 0
     grants: tuple[tuple[float, int], ...] = ()
     asked: int | None = None
@@ -147,12 +149,15 @@ def desired(seen: Seen, scale: ModelScale, memory: ModelMemory) -> tuple[Wish, M
     if seen.kv / KV_SHARE > need:
         need = seen.kv / KV_SHARE
         reason = f"KV in use fills {seen.kv:.2f} caches"
+    idle_s = 0.0 if sample.arrivals or seen.ongoing else memory.idle_s + EVERY_S
+    if idle_s >= IDLE_S:
+        need, reason = 0.0, f"nothing has come for {idle_s:.0f} s"
     count = ceil(need - 1e-9)
     if not count and seen.held:
         count, reason = 1, f"{seen.held} requests wait"
     if count < seen.instances:
         count = min(seen.instances, max(count, ceil(SPARE * need - 1e-9)))
-    memory = replace(memory, history=history, beta=beta, rate=rate)
+    memory = replace(memory, history=history, beta=beta, rate=rate, idle_s=idle_s)
     prefill, decode = (_with_margin(side, ahead.surge, beta) for side in (ahead.prefill, ahead.decode))
     return Wish(count, hold_s, beta, ahead, reason, prefill, decode, 1.0 + QUIET_NOISE * ahead.noise), memory
 
