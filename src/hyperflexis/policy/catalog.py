@@ -103,6 +103,7 @@ SCALERS: dict[str, Callable[..., ScalePolicy]] = {
     "concurrency": scalers.concurrency,
     "saturation": scalers.saturation,
     "rate": scalers.rate,
+    "follow": scalers.follow,
 }
 """By name, what makes a scaler of the numbers behind the @."""
 

@@ -9,13 +9,15 @@ saturation@KV,QUEUE,DOWN     the larger of KV in use / (KV of a cache) and promp
                              Kubernetes' horizontal autoscaler: nothing within a tenth of the target, the largest
                              wish of the last DOWN
 rate@RPS,DOWN                arrivals per second of the last minute / RPS
+follow@T,N,T,N,...           from each time on so many
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import replace
-from math import ceil
+from math import ceil, inf
 
 from ..forecast import Forecast, forecast
 from ..scale import RATE_S, ModelMemory, ModelScale, ScalePolicy, Seen, Wish
@@ -85,11 +87,13 @@ def rate(rps: float = 2.0, down_s: float = 300.0) -> ScalePolicy:
     return _policy(wish, down_s)
 
 
-def follow(steps: tuple[tuple[float, int], ...]) -> ScalePolicy:
+def follow(*numbers: float) -> ScalePolicy:
     """What a programme says (sim/foresight.py): from each time on so many."""
+    steps = list(zip(numbers[::2], map(int, numbers[1::2]), strict=True))
 
     def wish(seen: Seen, memory: ModelMemory) -> tuple[int, ModelMemory, str]:
-        count = next((n for t, n in reversed(steps) if t <= seen.now), seen.instances)
+        at = bisect_right(steps, (seen.now, inf))
+        count = steps[at - 1][1] if at else seen.instances
         return count, memory, "as planned"
 
     return _policy(wish, 0.0)
