@@ -1,4 +1,4 @@
-"""How many instances a model is to have: ``desired`` from what is asked, ``bound`` to what there is, ``hold`` for a time.
+"""How many instances a model is to have: ``desired`` from what is asked, ``bound`` to what there is, ``hold`` a while.
 
 Once a second, per model, with the demand in *instances kept busy* at each class's own pace (core/demand.py):
 
@@ -40,8 +40,8 @@ RATE_S = 60.0
 """The rate of arrivals fades within this time."""
 SPARE = 1.10
 GUARD = 1.2
-"""Independent arrivals surge by 0.2 to 0.7 roots of the demand within 2 to 60 s, code completion by 0.5 within 2 s and by
-5 within 60 s. Nothing measured lies near."""
+"""Independent arrivals surge by 0.2 to 0.7 roots of the demand within 2 to 60 s, code completion by 0.5 within 2 s and
+by 5 within 60 s."""
 LOST = 2.0
 """What a fixed fleet cannot serve at once is late, and not all of that is missed: about half."""
 LEARN_START_S = 4.0
@@ -51,8 +51,8 @@ KV_SHARE = 0.9
 LEAST_HOLD_S, MOST_HOLD_S, HOLD_STARTS = 5.0, 300.0, 2.5
 QUIET_S = 300.0
 QUIET_NOISE = 6.0
-"""A fall within so many standard deviations of independent arrivals says nothing: with 2 the plan turns 30 times an hour
-under Poisson load, with 6 at most 10."""
+"""A fall within so many standard deviations of independent arrivals says nothing: with 2 the plan turns 30 times an
+hour under Poisson load, with 6 at most 10."""
 IDLE_S = 300.0
 """Without any request for so long, nothing is needed: surges are not counted with any more."""
 
@@ -120,8 +120,8 @@ class ModelMemory:
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """``instances`` that a model should have, not fewer than it was granted within ``hold_s``. ``prefill`` and
-    ``decode`` are the needs of the two sides."""
+    """``instances`` that a model should have, not fewer than it was granted within ``hold_s``, or within QUIET_S where
+    it would lose less than ``quiet``. ``prefill`` and ``decode`` are the needs of the two sides."""
 
     instances: int
     hold_s: float
@@ -238,7 +238,9 @@ def hold(
 
 def with_override(wish: Wish, asked: int | None) -> Wish:
     """What a person wants counts instead."""
-    return wish if asked is None else replace(wish, instances=asked, hold_s=0.0, reason=f"{asked} were asked for")
+    if asked is None:
+        return wish
+    return replace(wish, instances=asked, hold_s=0.0, quiet=0.0, reason=f"{asked} were asked for")
 
 
 def more_prefill(wish: Wish, prefill: float, decode: float) -> bool:
