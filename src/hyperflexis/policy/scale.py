@@ -42,8 +42,8 @@ SPARE = 1.10
 GUARD = 1.2
 """Independent arrivals surge by 0.2 to 0.7 roots of the demand within 2 to 60 s, code completion by 0.5 within 2 s and
 by 5 within 60 s."""
-LOST = 2.0
-"""What a fixed fleet cannot serve at once is late, and not all of that is missed: about half."""
+LOST = 3.0
+"""What a fixed fleet cannot serve at once is late, and about a third of that is missed: the rest has time to spare."""
 LEARN_START_S = 4.0
 """Where starts take longer, nothing goes before MOST_HOLD_S have shown how the demand surges."""
 KV_SHARE = 0.9

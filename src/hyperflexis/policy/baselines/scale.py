@@ -101,12 +101,12 @@ def follow(*numbers: float) -> ScalePolicy:
 
 def fixed_equal(points: list[tuple[int, float]], attainment: float) -> float | None:
     """The smallest fixed fleet that keeps ``attainment``, interpolated between (instances, attainment) of those that
-    were tried; None where the largest does not."""
+    were tried; None outside of them: where the largest does not, or the smallest keeps more."""
     before: tuple[int, float] | None = None
     for count, kept in sorted(points):
         if kept >= attainment:
-            if before is None or before[1] >= kept:
-                return float(count)
+            if before is None:
+                return float(count) if kept == attainment else None
             return before[0] + (attainment - before[1]) / (kept - before[1]) * (count - before[0])
         before = count, kept
     return None
