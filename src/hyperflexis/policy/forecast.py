@@ -8,15 +8,17 @@
     noise     standard deviation of the 5 s mean, if requests came independently of each other
     error     mean relative error of the level as a forecast over the time of a start
 
-No slope: where starts take a minute it follows bursts that are over by then, and costs twice as much. No daily profile:
-without matching days to learn from it had nothing to say.
+Starts of at most QUICK_S can answer to a burst while it lasts. Then the last second alone counts too, and the level is
+carried on by its slope, both less what independent arrivals vary by. Slower starts would follow bursts that are over by
+then: with a slope at 60 s the fleet costs twice as much. No daily profile: without matching days to learn from it had
+nothing to say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil, log2, sqrt
+from math import ceil, hypot, log2, sqrt
 
 from ..core.demand import FAST_S, SLOW_S, Sample
 
@@ -27,7 +29,6 @@ LEAST_LEVEL = 0.25
 ERROR_S = 300.0
 """Errors fade within about this time."""
 QUICK_S = 10.0
-"""Starts that take no longer can answer to a burst while it lasts: then the last second counts too, less its noise."""
 BINS = 16
 """Of the distribution of means, for each doubling: 4% apart."""
 FAST, SLOW = int(FAST_S), int(SLOW_S)
@@ -67,12 +68,13 @@ class Forecast:
 def forecast(history: History, sample: Sample, horizon_s: float) -> tuple[Forecast, History]:
     """Take in the latest second and look ``horizon_s`` seconds, the time of a start, ahead."""
     samples = (*history.samples[1 - SLOW :], sample)
+    quick = horizon_s <= QUICK_S
     horizon = max(ceil(horizon_s), 1)
     recent = samples[-min(max(horizon, FAST), SLOW) :]
 
     def level(of: Callable[[Sample], float], square: Callable[[Sample], float]) -> float:
         found = max(_mean(recent, of), _mean(samples, of))
-        return max(found, of(sample) - sqrt(square(sample))) if horizon_s <= QUICK_S else found
+        return max(found, of(sample) - sqrt(square(sample))) if quick else found
 
     both = level(_total, _total_square)
     mean = _mean(samples[-FAST:], _total)
@@ -84,7 +86,11 @@ def forecast(history: History, sample: Sample, horizon_s: float) -> tuple[Foreca
         square += (max(max(means) - before, 0.0) ** 2 - square) / min(count, WINDOW_S)
         error += (abs(mean - before) / max(mean, LEAST_LEVEL) - error) / min(count, ERROR_S)
     levels = (*history.levels[-horizon:], both)[-horizon:]
-    noise = sqrt(sum(one.prefill_square for one in samples[-FAST:]) / FAST**2 + sample.decode_square)
+    noise = _noise(samples[-FAST:])
+    if quick:
+        earlier = samples[-2 * FAST : -FAST] or samples[-FAST:]
+        rise = mean - _mean(earlier, _total) - hypot(noise, _noise(earlier))
+        both += max(rise, 0.0) / FAST * horizon_s
     prefill = level(lambda one: one.prefill, lambda one: one.prefill_square)
     decode = level(lambda one: one.decode, lambda one: 0.0)
     seen = history.seen + 1
@@ -125,6 +131,11 @@ def _with(shares: Sequence[float], index: int, weight: float) -> tuple[float, ..
 
 def _mean(samples: Sequence[Sample], of: Callable[[Sample], float]) -> float:
     return sum(of(one) for one in samples) / len(samples)
+
+
+def _noise(samples: Sequence[Sample]) -> float:
+    """Standard deviation of the mean, if prompts come independently and decodes as they are."""
+    return sqrt(_mean(samples, lambda one: one.prefill_square) / len(samples) + samples[-1].decode_square)
 
 
 def _total(one: Sample) -> float:
