@@ -5,7 +5,7 @@
     surge     by how much the largest 5 s mean until a start is over exceeds the level: the root of the mean square of
               the last half hour. Where starts are quick or arrivals even, it is small; where bursts come faster than
               instances, it is what has to be there before
-    noise     standard deviation of the 5 s mean, if requests came independently of each other
+    noise     standard deviation of the level, if requests came independently of each other
     error     mean relative error of the level as a forecast over the time of a start
 
 Starts of at most QUICK_S can answer to a burst while it lasts. Then the last second alone counts too, and the level is
@@ -91,6 +91,7 @@ def forecast(history: History, sample: Sample, horizon_s: float) -> tuple[Foreca
         earlier = samples[-2 * FAST : -FAST] or samples[-FAST:]
         rise = mean - _mean(earlier, _total) - hypot(noise, _noise(earlier))
         both += max(rise, 0.0) / FAST * horizon_s
+        noise *= max(horizon_s / FAST, 1.0)  # so much the slope adds to it
     prefill = level(lambda one: one.prefill, lambda one: one.prefill_square)
     decode = level(lambda one: one.decode, lambda one: 0.0)
     seen = history.seen + 1
