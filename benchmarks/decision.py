@@ -1,10 +1,11 @@
-"""Cost of one decision: ``Controller.handle`` on an arrival, by fleet size, with 1,000 requests waiting.
+"""Cost of one decision: ``Controller.handle`` on an arrival, by fleet size, with 1,000 requests waiting; and of a look
+of the scaler at 256 instances with 50 requests each.
 
     python benchmarks/decision.py [--json FILE]
 
 Arrivals are mixed with progress reports and finishes as in service, so that totals and queues keep changing; only
-arrivals are timed. One process, one core. CPU time is what a decision takes; wall time is the same on a machine that
-does nothing else.
+arrivals are timed, and of the scaler only its ticks. One process, one core. CPU time is what a decision takes; wall
+time is the same on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from pathlib import Path
 
 from common import RESULTS, environment, write_results
 from hyperflexis.controller import Controller, ControllerConfig
-from hyperflexis.core.events import InstanceJoined, InstanceReported, RequestArrived, RequestFinished
+from hyperflexis.core.events import InstanceJoined, InstanceReported, RequestArrived, RequestFinished, Tick
 from hyperflexis.core.instance import InstanceInfo, InstanceReport, RequestProgress
 from hyperflexis.core.latency import Coefficients
 from hyperflexis.core.request import Request
 from hyperflexis.core.slo import Slo
+from hyperflexis.policy.scale import ModelScale, ScaleConfig
 
 LATENCY = Coefficients(c0=8e-3, c1=4e-5, c2=2e-10, c3=5e-5, c4=4e-8)
 CLASSES = (
@@ -85,6 +87,44 @@ def measure(instances: int, waiting: int, arrivals: int, seed: int) -> dict[str,
     return found
 
 
+def measure_scaler(instances: int, requests_each: int, looks: int, seed: int) -> dict[str, float]:
+    """Milliseconds of a tick in which the scaler plans; between two of them a tenth of the requests are replaced."""
+    rng = random.Random(seed)
+    scale = ScaleConfig((ModelScale("m", most=instances, start_s={"disk": 60.0}),))
+    controller = Controller(ControllerConfig(("m",), scale=scale))
+    for i in range(instances):
+        info = InstanceInfo(f"i{i}", 1, "m", "h100", f"unix:i{i}", "emulated", 32768, 400_000, 256, 8192, True, LATENCY)
+        controller.handle(InstanceJoined(info), 0.0)
+    open_ids: deque[str] = deque()
+    count = 0
+
+    def arrive(now: float) -> None:
+        nonlocal count
+        name, slo, value, prompt = CLASSES[rng.randrange(len(CLASSES))]
+        request = Request(f"r{count}", "m", "t", name, slo, value, prompt, 512)
+        count += 1
+        controller.handle(RequestArrived(request, "g", 0.0), now)
+        open_ids.append(request.id)
+
+    for _ in range(instances * requests_each):
+        arrive(0.0)
+    gc.collect()
+    gc.freeze()
+    cpu_s: list[float] = []
+    for second in range(1, looks + 1):
+        for _ in range(len(open_ids) // 10):
+            controller.handle(RequestFinished(open_ids.popleft(), "finished", 100, 0.5, 2.0), float(second))
+            arrive(float(second))
+        for instance in list(controller.cluster.instances.values()):
+            report = InstanceReport(instance.id, 1, 1, 0, 0, second, 0, 0, 0, 0, 0.0, LATENCY)
+            controller.handle(InstanceReported(report), float(second))
+        cpu = time.thread_time()
+        controller.handle(Tick(), float(second))
+        cpu_s.append(time.thread_time() - cpu)
+    cpu_s.sort()
+    return {f"cpu_p{p}_ms": 1e3 * cpu_s[p * len(cpu_s) // 100] for p in (50, 99)} | {"cpu_max_ms": 1e3 * cpu_s[-1]}
+
+
 def main() -> None:
     """Run, print a table and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -97,7 +137,10 @@ def main() -> None:
     print(f"{'instances':>10} {'CPU p50':>9} {'p99 us':>8} {'max us':>8} {'wall p50':>9} {'p99 us':>8} {'max us':>8}")
     for n, row in rows.items():
         print(f"{n:>10} " + " ".join(f"{value:>{9 if 'p50' in key else 8}.0f}" for key, value in row.items()))
-    write_results(args.json, {**environment(args.seed), "waiting": args.waiting, "instances": rows})
+    look = measure_scaler(256, 50, 200, args.seed)
+    print(f"scaler at 256 instances, CPU: p50 {look['cpu_p50_ms']:.1f} ms, p99 {look['cpu_p99_ms']:.1f} ms")
+    found = {**environment(args.seed), "waiting": args.waiting, "instances": rows, "scaler_at_256": look}
+    write_results(args.json, found)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ from hyperflexis.engines.profiles import load_profile
 from hyperflexis.launch.local import own_command
 from hyperflexis.policy.catalog import find_policy
 from hyperflexis.runtime.journal import Entry, read_journal
-from hyperflexis.sim.driver import SimConfig, SimResult, simulate
+from hyperflexis.sim.config import SimConfig, SimResult
+from hyperflexis.sim.driver import simulate
 from hyperflexis.sim.oracle import capacity_rps
 from hyperflexis.sim.workload import Arrival, Workload, WorkloadClass, generate, scaled
 from hyperflexis.telemetry.summary import quantile

@@ -34,7 +34,8 @@ from common import RESULTS, command, environment, write_results
 from hyperflexis.bench import load_workload
 from hyperflexis.engines.profiles import load_profile
 from hyperflexis.policy.catalog import find_policy
-from hyperflexis.sim.driver import SimConfig, SimResult, simulate
+from hyperflexis.sim.config import SimConfig, SimResult
+from hyperflexis.sim.driver import simulate
 from hyperflexis.sim.oracle import capacity_rps
 from hyperflexis.sim.workload import Workload, generate, scaled
 from hyperflexis.simulate import log_lines

@@ -44,7 +44,8 @@ from hyperflexis.launch.local import own_command
 from hyperflexis.policy.catalog import find_policy
 from hyperflexis.runtime.journal import Entry, read_journal, segments
 from hyperflexis.runtime.state import socket_dir
-from hyperflexis.sim.driver import SimConfig, simulate
+from hyperflexis.sim.config import SimConfig
+from hyperflexis.sim.driver import simulate
 from hyperflexis.sim.faults import Fault
 from hyperflexis.sim.workload import Arrival
 

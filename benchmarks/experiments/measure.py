@@ -12,7 +12,8 @@ from typing import Any
 from hyperflexis.core.links import Split
 from hyperflexis.core.record import Record
 from hyperflexis.policy_file import load_policy
-from hyperflexis.sim.driver import SimConfig, SimResult, simulate
+from hyperflexis.sim.config import SimConfig, SimResult
+from hyperflexis.sim.driver import simulate
 from hyperflexis.sim.planned import planned_prefill
 from hyperflexis.telemetry.summary import e2e_cap_s, e2e_or_end
 

@@ -1,7 +1,8 @@
 """The cluster level, whole and pure: ``Controller.handle(event, now) -> list[Effect]``.
 
     RequestArrived    -> Dispatch or Reject          a request is bound at arrival; past the limits it is refused
-                         or nothing                  one that was accepted before waits for an instance
+                         or nothing                  one that was accepted before waits for an instance; where they
+                                                     are scaled, any that comes when there is none
     RequestFinished   -> nothing                     its output's length is learnt
     InstanceJoined    -> SetRole, SetLinks, Dispatch READY, for those that wait; a newer epoch replaces an older
     InstanceLinked    -> Dispatch                    disaggregated: it is READY only once it is linked with the others
@@ -15,6 +16,9 @@
     HandoffFailed     -> nothing                     it goes on where it was
     Tick              -> Suspect, Evacuate           an instance hangs or is slow: its requests go on elsewhere
                          SetRole                     disaggregated: the two sides' needs have changed
+                         Launch, StopInstance,       scaled, each second: as many instances as are needed
+                         Drain, Handoff, Planned
+    LaunchProgressed, LaunchFailed, ScaleAsked       the next Tick takes them into account
 
 The same code runs live, in the simulator and in replay. Time is an argument: seconds of one monotonic clock.
 """
@@ -26,7 +30,7 @@ from dataclasses import dataclass, field
 from typing import assert_never
 
 from .core.cluster import CONVERTIBLE, Cluster, TrackedInstance, TrackedRequest, prefix_holders
-from .core.demand import Demand
+from .core.demand import Demand, Tally
 from .core.effects import (
     Decision,
     Dispatch,
@@ -38,6 +42,7 @@ from .core.effects import (
     RejectReason,
     SetLinks,
     SetRole,
+    StopInstance,
     Suspect,
 )
 from .core.events import (
@@ -51,14 +56,18 @@ from .core.events import (
     InstanceLeft,
     InstanceLinked,
     InstanceReported,
+    LaunchFailed,
+    LaunchProgressed,
     OpenRequest,
     PrefillEnding,
     RequestArrived,
     RequestFinished,
+    ScaleAsked,
     Tick,
 )
 from .core.instance import InstanceState
 from .core.latency import Coefficients
+from .core.launch import Launching
 from .core.lengths import LengthModel
 from .core.links import KvSource, Links, Split
 from .core.request import Request, RequestState
@@ -70,6 +79,8 @@ from .policy.handoff import Move
 from .policy.links import LINK_LIMIT_S, plan_links
 from .policy.place import PlaceMemory, Placement
 from .policy.roles import RolesMemory, plan_roles
+from .policy.scale import ScaleConfig
+from .scaling import MIGRATE_S, Scaling, ScalingMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +90,15 @@ class ControllerConfig:
     ``max_backlog_s`` seconds of prompts to compute, a request is refused with 429.
 
     With a ``split`` prompts are computed on instances with a prefill share, and requests are handed over to where they
-    decode; None: each decodes where its prompt was computed."""
+    decode; None: each decodes where its prompt was computed. With ``scale`` instances are launched and ended by need;
+    None: there are those that join."""
 
     models: tuple[str, ...]
     policy: str = "hyperflexis"
     observe: bool = False
     max_backlog_s: float = 600.0
     split: Split | None = None
+    scale: ScaleConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +115,9 @@ class Snapshot:
     links: Links = field(default_factory=Links)
     demand: dict[str, Demand] = field(default_factory=dict)
     roles: RolesMemory = field(default_factory=RolesMemory)
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    launches: dict[str, Launching] = field(default_factory=dict)
+    scaling: ScalingMemory = field(default_factory=ScalingMemory)
 
 
 class Controller:
@@ -122,6 +138,7 @@ class Controller:
         self._memory = PlaceMemory()
         self._shadow_memory = PlaceMemory()
         self._roles = RolesMemory()
+        self._scaling = None if config.scale is None else Scaling(config.scale, config.split)
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event at ``now`` and return what to do, in order. Never raises for a stale or repeated event."""
@@ -129,7 +146,7 @@ class Controller:
             case RequestArrived():
                 return self._arrived(event, now)
             case RequestFinished():
-                self._finished(event)
+                self._finished(event, now)
             case InstanceJoined():
                 return self._instance_joined(event, now)
             case InstanceReported():
@@ -167,7 +184,16 @@ class Controller:
                 effects = self._watch(now)
                 if self.config.split is not None and self.config.split.adapt:
                     effects += self._adapt_roles(now)
-                return effects
+                return effects + self._scale(now)
+            case LaunchProgressed():
+                if self._scaling is not None:
+                    self._scaling.progressed(self.cluster, event)
+            case LaunchFailed():
+                if self._scaling is not None:
+                    self._scaling.failed(self.cluster, event, now)
+            case ScaleAsked():
+                if self._scaling is not None:
+                    self._scaling.ask(event.model, event.instances)
             case _:
                 assert_never(event)
         return []
@@ -183,14 +209,18 @@ class Controller:
             others = self._for_prompts([instance for instance in ready if instance.id != event.avoid])
             return [self._dispatch(tracked, *self._choose(tracked, others, now), now)] if others else []
         if model not in self.config.models:
-            return [self._reject(tracked, "unknown_model", f"no model {model!r} in this fleet")]
+            return [self._reject(tracked, "unknown_model", f"no model {model!r} in this fleet", now)]
+        if self._scaling is not None:
+            holders = prefix_holders(event.request, ready)
+            cached = max((one.prefix_hit_tokens(event.request) for one in holders), default=0)
+            self._scaling.count(self.cluster, tracked, cached, now)
         if not ready:
-            return [self._reject(tracked, "no_instance_ready", f"no instance of {model!r} is ready", 2.0)]
+            return self._hold(tracked, now)
         ready = self._for_prompts(ready)
         backlog_s = min(instance.prefill_s for instance in ready)
         if backlog_s > self.config.max_backlog_s:
             message = f"the shortest queue is {backlog_s:.0f} s long (limit {self.config.max_backlog_s:.0f} s)"
-            return [self._reject(tracked, "overloaded", message, max(backlog_s - self.config.max_backlog_s, 1.0))]
+            return [self._reject(tracked, "overloaded", message, now, max(backlog_s - self.config.max_backlog_s, 1.0))]
         if self._policy.fair:
             tracked.discount = self._discount(now, tracked, ready)
         if self.config.split is not None:
@@ -198,11 +228,41 @@ class Controller:
         placement, decision = self._choose(tracked, ready, now)
         if (event.request.fail_fast or self._policy.fail_fast) and not placement.on_time:
             late_s = placement.predicted_ttft_s - (tracked.first_due - tracked.arrived_at)
-            return [self._reject(tracked, "slo_infeasible", _infeasible(tracked, placement), max(late_s, 1.0))]
+            return [self._reject(tracked, "slo_infeasible", _infeasible(tracked, placement), now, max(late_s, 1.0))]
         return [self._dispatch(tracked, placement, decision, now)]
+
+    def _hold(self, tracked: TrackedRequest, now: float) -> list[Effect]:
+        """No instance of its model is ready. Where one is launched for it, it waits."""
+        model, scaling = tracked.request.model, self._scaling
+        if scaling is None or not scaling.scales(model):
+            return [self._reject(tracked, "no_instance_ready", f"no instance of {model!r} is ready", now, 2.0)]
+        if len(self.cluster.waiting) > scaling.config.max_held:
+            message = f"{scaling.config.max_held} requests wait for an instance already"
+            return [self._reject(tracked, "overloaded", message, now, 2.0)]
+        return []
+
+    def _scale(self, now: float) -> list[Effect]:
+        if self._scaling is None:
+            return []
+        cluster = self.cluster
+        targets = {one.id: list(cluster.links.targets.get(one.id, [])) for one in self._scaling.draining(cluster)}
+        effects = self._scaling.plan(cluster, now)
+        links: list[Effect] = []
+        for effect in effects:
+            if isinstance(effect, Drain):
+                instance = cluster.instances[effect.instance]
+                links += self._unlink(instance) if effect.on else self._link(instance)
+            elif isinstance(effect, StopInstance):
+                links += self._relink(targets.get(effect.instance, []))
+        if effects:
+            for instance in self._scaling.draining(cluster):
+                effects += self._migrate(instance, now, MIGRATE_S)
+        return effects + links
 
     def _dispatch(self, tracked: TrackedRequest, placement: Placement, decision: Decision, now: float) -> Dispatch:
         instance = self.cluster.instances[placement.instance]
+        if self._scaling is not None and not decision.on_time:
+            self._scaling.demoted(self.cluster, tracked, now)
         if not instance.requests:
             instance.health.alive_at = now
         tracked.hands_over = self._hands_over(tracked, instance)
@@ -243,9 +303,16 @@ class Controller:
             return []
         return [handoff]
 
-    def _migrate(self, source: TrackedInstance, now: float) -> list[Effect]:
-        """What decodes on an instance is to go on elsewhere, with its KV, where its pace can be kept."""
-        decodes = [tracked for tracked in source.requests.values() if tracked.output_tokens]
+    def _migrate(self, source: TrackedInstance, now: float, longer_s: float = 0.0) -> list[Effect]:
+        """What decodes on an instance, and would for longer than ``longer_s``, is to go on elsewhere, with its KV,
+        where its pace can be kept."""
+        step_s = source.latency.decode_s(source.num_decodes, source.decode_kv_tokens)
+        decodes = [
+            tracked
+            for tracked in source.requests.values()
+            if tracked.output_tokens
+            and max(tracked.expected_output_tokens - tracked.output_tokens, 1.0) * step_s > longer_s
+        ]
         others = self._within_reach(source)
         # Rather on an instance for prompts than nowhere.
         ready = [one for one in others if one.prefill_share < 1.0] or others
@@ -381,6 +448,14 @@ class Controller:
             links.drop(instance.id, source)
         return self._set_links([instance.id] if sources else [])
 
+    def _relink(self, targets: Iterable[str]) -> list[Effect]:
+        """A source of theirs is gone."""
+        effects: list[Effect] = []
+        for target in targets:
+            if target in self.cluster.instances:
+                effects += self._link(self.cluster.instances[target]) or self._set_links([target])
+        return effects
+
     def _linkable(self, instance: TrackedInstance) -> list[TrackedInstance]:
         if self.config.split is None or not instance.info.kv_address:
             return []
@@ -429,8 +504,15 @@ class Controller:
         return tracked
 
     def _reject(
-        self, tracked: TrackedRequest, reason: RejectReason, message: str, retry_after_s: float | None = None
+        self,
+        tracked: TrackedRequest,
+        reason: RejectReason,
+        message: str,
+        now: float,
+        retry_after_s: float | None = None,
     ) -> Reject:
+        if self._scaling is not None and reason != "unknown_model":
+            self._scaling.ended(self.cluster, tracked, False, now)
         self.cluster.forget(tracked, RequestState.REJECTED)
         return Reject(tracked.request.id, tracked.gateway, reason, message, retry_after_s)
 
@@ -472,10 +554,15 @@ class Controller:
             tracked.missed_first = sent.ttft_s > request.slo.first_token_by_s(expected)
         return tracked
 
-    def _finished(self, event: RequestFinished) -> None:
+    def _finished(self, event: RequestFinished, now: float) -> None:
         tracked = self.cluster.requests.get(event.id)
         if tracked is None:
             return
+        if self._scaling is not None and event.outcome != "cancelled":
+            slo, ttft_s = tracked.request.slo, event.ttft_s
+            kept = event.outcome == "finished" and ttft_s is not None
+            kept = kept and slo.is_met(ttft_s or 0.0, event.e2e_s, event.output_tokens)
+            self._scaling.ended(self.cluster, tracked, kept, now)
         match event.outcome:
             case "finished":
                 self.cluster.lengths.learn(as_asked(tracked.request, tracked.sent_tokens), event.output_tokens)
@@ -499,6 +586,8 @@ class Controller:
                 return []  # the same instance after its link was cut
             effects += self._instance_left(known)
         instance = self.cluster.join(info)
+        if self._scaling is not None:
+            self._scaling.joined(self.cluster, info.id, now)
         instance.health.alive_at = now
         for state in (InstanceState.STANDBY, InstanceState.LOADING):
             instance.move(state)
@@ -511,7 +600,7 @@ class Controller:
             instance.move(InstanceState.DRAINING)
             return effects
         effects += self._link(instance)
-        if event.prefill_share is not None:  # it served before, under an earlier controller
+        if event.served:
             instance.move(InstanceState.READY)
             return [*effects, *self._place_waiting(info.model, now)]
         return [*effects, *self._become_ready(instance, now)]
@@ -565,12 +654,9 @@ class Controller:
 
     def _instance_left(self, instance: TrackedInstance) -> list[Effect]:
         # Gateways of its requests know what was sent: they ask where to go on.
-        targets = self.cluster.links.forget(instance.id)
+        targets = list(self.cluster.links.targets.get(instance.id, []))
         self.cluster.leave(instance)
-        effects: list[Effect] = []
-        for target in targets:
-            effects += self._link(self.cluster.instances[target]) or self._set_links([target])
-        return effects
+        return self._relink(targets)
 
     def _adopt(self, opened: OpenRequest, gateway: str, now: float) -> None:
         tracked = self._track(opened.request, gateway, now - opened.age_s, opened.sent)
@@ -584,6 +670,8 @@ class Controller:
         if instance is not None:
             instance.health.alive_at = now
             instance.bind(tracked)
+        if self._scaling is not None:
+            self._scaling.count(self.cluster, tracked, 0, now, arrives=False)
 
     def _gateway_left(self, gateway: str) -> None:
         for tracked in [t for t in self.cluster.requests.values() if t.gateway == gateway]:
@@ -604,6 +692,9 @@ class Controller:
             cluster.links,
             cluster.demand,
             self._roles,
+            cluster.tallies,
+            cluster.launches,
+            ScalingMemory() if self._scaling is None else self._scaling.memory,
         )
 
     @classmethod
@@ -618,6 +709,9 @@ class Controller:
         cluster.lengths, cluster.shares, cluster.links = snapshot.lengths, snapshot.shares, snapshot.links
         controller._memory, controller._shadow_memory = snapshot.memory, snapshot.shadow_memory
         cluster.demand, controller._roles = snapshot.demand, snapshot.roles
+        cluster.tallies, cluster.launches = snapshot.tallies, snapshot.launches
+        if controller._scaling is not None:
+            controller._scaling.memory = snapshot.scaling
         return controller
 
 

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import msgspec
 from rich.console import Console
@@ -27,16 +27,20 @@ from .bench import load_workload, parse_csv_options, write_json
 from .controller import Controller, ControllerConfig
 from .core.effects import Effect
 from .core.events import Event
+from .core.launch import Means
 from .core.links import Link, Split
+from .core.profile import Profile
 from .core.record import Record
 from .engines.profiles import load_profile
 from .errors import ConfigError, HyperFlexisError
-from .policy.catalog import split_specs
+from .policy.catalog import find_scaler, split_specs
+from .policy.scale import ModelScale, ScaleConfig
 from .policy_file import load_policy
 from .runtime.journal import VERSION as JOURNAL_VERSION
 from .runtime.journal import Header, encode_line
 from .sim.driver import MODEL
-from .sim.faults import parse_fault
+from .sim.faults import parse_fault, parse_launch_fault
+from .sim.launches import Starts, starts_in, starts_of
 from .sim.oracle import capacity_rps, request_costs_s
 from .sim.workload import Workload, generate
 from .simulate_results import Plan, Results
@@ -95,6 +99,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="port of each instance, in Gbit/s (default: %(default)g)",
     )
+    scale = parser.add_argument_group("a fleet that follows the demand; see docs/policies/scale.md")
+    scale.add_argument(
+        "--scale",
+        nargs="?",
+        const="forecast",
+        metavar="SCALER",
+        help="begin with --instances N and launch and end instances by need (default: %(const)s; to compare: fixed@N, "
+        "reactive, concurrency, saturation, rate, each with its numbers, as in concurrency@8,30,600)",
+    )
+    scale.add_argument(
+        "--start",
+        default="disk",
+        metavar="disk|d2d|standby|SECONDS",
+        help="how instances start: as the profile says, from disk, with weights from another instance, or also from "
+        "shells; or in so many seconds (default: %(default)s)",
+    )
+    scale.add_argument("--min", type=int, metavar="N", help="fewest instances of a model (default: 1)")
+    scale.add_argument("--max", type=int, metavar="N", help="most instances of a model (default: 64)")
+    scale.add_argument("--standby", type=int, metavar="N", help="shells of each model that wait (default: 0)")
+    scale.add_argument(
+        "--shell-price", type=float, default=1.0, metavar="X", help="what a shell costs, in instances (default: 1)"
+    )
+    scale.add_argument("--devices", type=int, metavar="N", help="instances that all models together can have room for")
+    scale.add_argument("--target", type=float, default=0.99, metavar="X", help="wanted attainment (default: 0.99)")
     one = parser.add_argument_group("records of a single run", "with one policy, seed and load only")
     one.add_argument("--log", type=Path, metavar="FILE", help="write one JSON line per request")
     one.add_argument("--journal", type=Path, metavar="FILE", help="write every event and decision, as `serve` does")
@@ -109,7 +137,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KIND:I@T+D",
-        help="kill, hang, slow or drain instance I after T seconds for D seconds: kill:0@60+10, slow:1@60+10x5",
+        help="kill, hang, slow or drain instance I after T seconds for D seconds: kill:0@60+10, slow:1@60+10x5; with "
+        "--scale also fail-launch:K or hang-launch:K, of the launches from 0 on",
     )
     group.add_argument("--known-lengths", action="store_true", help="tell the scheduler each request's output length")
     group.add_argument("--no-leap", action="store_true", help="step every iteration: the same result, slowly")
@@ -178,9 +207,14 @@ def make_plan(args: argparse.Namespace) -> Plan:
         raise ConfigError(
             "--log and --journal record a single run: give one policy (--policies hyperflexis), one seed and one load"
         )
+    profile = load_profile(args.profile)
+    launch_faults = tuple(fault for text in args.fault if (fault := parse_launch_fault(text)) is not None)
+    if launch_faults and args.scale is None:
+        raise ConfigError("--fault fail-launch and hang-launch need --scale: nothing is launched without")
+    scale, starts = _scale(args, workload, profile)
     setting = Setting(
         workload=workload,
-        profile=load_profile(args.profile),
+        profile=profile,
         instances=_enough_instances(args.instances, workload),
         policies=specs,
         noise=_number("--noise", args.noise),
@@ -188,9 +222,13 @@ def make_plan(args: argparse.Namespace) -> Plan:
         report_delay_s=_number("--report-delay-ms", args.report_delay_ms) / 1000.0,
         known_lengths=args.known_lengths,
         leap=not args.no_leap,
-        faults=tuple(parse_fault(text, args.instances) for text in args.fault),
+        faults=tuple(parse_fault(text, args.instances) for text in args.fault if parse_launch_fault(text) is None),
         split=_split(args),
         plans_split=args.mode == "auto",
+        scale=scale,
+        starts=starts,
+        shell_price=_number("--shell-price", args.shell_price),
+        launch_faults=launch_faults,
     )
     # The capacity is that of the workload's own seed, so that other seeds are not measured with another yardstick.
     arrivals = generate(workload)
@@ -227,6 +265,46 @@ def _split(args: argparse.Namespace) -> Split | None:
     if args.prefill is not None and not 1 <= prefill < args.instances:
         raise ConfigError(f"--prefill {prefill} must be from 1 to {args.instances - 1}: some instance has to decode")
     return Split.of(args.instances, prefill, args.roles == "static", Link(bytes_per_s=link_gbps * 1e9 / 8.0))
+
+
+def _scale(args: argparse.Namespace, workload: Workload, profile: Profile) -> tuple[ScaleConfig | None, Starts]:
+    given = {"--min": args.min, "--max": args.max, "--standby": args.standby, "--devices": args.devices}
+    if args.scale is None:
+        for option, value in given.items():
+            if value is not None:
+                raise ConfigError(f"{option} needs --scale: without, a fleet keeps its size")
+        return None, starts_in(0.0)
+    starts = _starts(args.start, profile)
+    least = _at_least("--min", 1 if args.min is None else args.min, 0)
+    most = _at_least("--max", 64 if args.max is None else args.max, max(least, 1))
+    standby = _at_least("--standby", 0 if args.standby is None else args.standby, 0)
+    if standby and "standby" not in starts:
+        raise ConfigError("--standby needs --start standby: shells wait to get their weights from another instance")
+    target = _number("--target", args.target, above=0.0)
+    if target >= 1.0:
+        raise ConfigError(f"--target {target:g} must be below 1: no finite fleet keeps every promise")
+    find_scaler(args.scale)
+    seconds = {means: sum(length for _, length in phases) for means, phases in starts.items()}
+    models = tuple(
+        ModelScale(name, least, most, standby, target, start_s=seconds, latency=profile.coefficients)
+        for name in dict.fromkeys(c.model or MODEL for c in workload.classes)
+    )
+    if args.devices is not None:
+        _at_least("--devices", args.devices, max(least, 1) * len(models))
+    return ScaleConfig(models, args.devices, args.scale), starts
+
+
+def _starts(text: str, profile: Profile) -> Starts:
+    if text in ("disk", "d2d", "standby"):
+        if profile.start is None:
+            raise ConfigError(
+                f"--start {text}: profile {profile.name} says of no start how long it takes; give seconds"
+            )
+        return starts_of(profile.start, profile.weight_bytes, cast(Means, text))
+    try:
+        return starts_in(_number("--start", float(text), above=0.0))
+    except ValueError:
+        raise ConfigError(f"--start {text!r} is neither disk, d2d, standby nor a number of seconds") from None
 
 
 def parse_loads(text: str) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from .sim.driver import SimCounters
+from .sim.config import SimCounters
 from .sim.oracle import LpBound, fluid_attainment, fluid_load_at
 from .simulate_run import BoundTask, Cell, Outcomes, RunOutcome, RunTask, Setting, Task
 from .telemetry import machine
@@ -164,6 +164,7 @@ class Results:
                 "known_lengths": setting.known_lengths,
                 "faults": [asdict(fault) for fault in setting.faults],
                 "split": None if setting.split is None else asdict(setting.split),
+                "scale": None if setting.scale is None else asdict(setting.scale) | {"starts": dict(setting.starts)},
             },
             "oracle": self._oracle(),
             "policies": {name: self._policy(name) for name in plan.names},
@@ -230,6 +231,8 @@ class Results:
         for heading in ("on time %", *stages, *(name or "-" for name in first.classes)):
             shown.add_column(heading, justify="right", no_wrap=True)
         bound = ("% of LP\nbound",) if plan.bound else ()
+        if setting.scale is not None:
+            shown.add_column("instances\n(mean)", justify="right", no_wrap=True)
         for heading in ("on time\n/s", "mean\ne2e s", "capped\nmean s", "rejected\n+lost", *bound):
             shown.add_column(heading, justify="right", no_wrap=True)
         for load in plan.rates:
@@ -241,6 +244,7 @@ class Results:
                     _with_interval(s),
                     *(number(_hundredfold(share), 1) for share in (s.ttft_attainment, s.tpot_attainment) if stages),
                     *(number(_hundredfold(s.attainment_by_class.get(c)), 1) for c in first.classes),
+                    *(self._mean_instances(name, load) for _ in range(setting.scale is not None)),
                     number(s.goodput_rps, 2),
                     number(s.mean_e2e_s, 2),
                     number(s.mean_capped_e2e_s, 2),
@@ -249,6 +253,10 @@ class Results:
                     end_section=name == plan.names[-1],
                 )
         return shown
+
+    def _mean_instances(self, name: str, load: float) -> str:
+        outcomes = self.outcomes(name, load)
+        return number(sum(o.summary.accelerator_s or 0.0 for o in outcomes) / sum(o.simulated_s for o in outcomes), 2)
 
     def carried_table(self) -> Table:
         """The load that each policy carries."""
@@ -298,6 +306,13 @@ class Results:
             timelines={name: o.timeline for name, o in detailed.items() if o.timeline is not None},
         )
 
+    def _scaling_fact(self) -> str:
+        scale = self.plan.setting.scale
+        if scale is None:
+            return "none: as many instances as there are"
+        one = scale.models[0]
+        return f"{scale.policy}, {one.least} to {one.most} instances of a model, {one.standby} shells"
+
     def _facts(self) -> dict[str, str]:
         plan, setting = self.plan, self.plan.setting
         found = {
@@ -310,6 +325,7 @@ class Results:
             "reports late by": f"{1000.0 * setting.report_delay_s:g} ms",
             "faults": ", ".join(f"{f.kind} {f.instance} at {f.at_s:g} s" for f in setting.faults) or "none",
             "output lengths known": "yes" if setting.known_lengths else "no",
+            "scaling": self._scaling_fact(),
             "wall-clock time": f"{self.wall_s:.1f} s",
         }
         return found | machine.describe()

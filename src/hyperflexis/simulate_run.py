@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .controller import ControllerConfig
@@ -14,9 +14,12 @@ from .core.links import Split
 from .core.profile import Profile
 from .errors import HyperFlexisError
 from .policy.catalog import Policy
+from .policy.scale import ScaleConfig
 from .policy_file import load_policy, where
-from .sim.driver import Observer, SimConfig, SimCounters, SimResult, simulate
-from .sim.faults import Fault
+from .sim.config import Observer, SimConfig, SimCounters, SimResult
+from .sim.driver import simulate
+from .sim.faults import Fault, LaunchFault
+from .sim.launches import Starts, starts_in
 from .sim.oracle import LpBound, lp_bound
 from .sim.planned import planned_prefill
 from .sim.workload import Arrival, Workload, generate, scaled
@@ -44,6 +47,10 @@ class Setting:
     faults: tuple[Fault, ...] = ()
     split: Split | None = None
     plans_split: bool = False
+    scale: ScaleConfig | None = None
+    starts: Starts = field(default_factory=lambda: starts_in(0.0))
+    shell_price: float = 1.0
+    launch_faults: tuple[LaunchFault, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +118,7 @@ class Runner:
 
     def controller_config(self, models: tuple[str, ...], task: RunTask) -> ControllerConfig:
         """That of the controller which ``simulate`` runs."""
-        return ControllerConfig(models, task.policy, split=self._split(task.cell))
+        return ControllerConfig(models, task.policy, split=self._split(task.cell), scale=self.setting.scale)
 
     def _split(self, cell: Cell) -> Split | None:
         setting = self.setting
@@ -148,6 +155,10 @@ class Runner:
             leap=setting.leap,
             faults=setting.faults,
             split=self._split(task.cell),
+            scale=setting.scale,
+            starts=setting.starts,
+            shell_price=setting.shell_price,
+            launch_faults=setting.launch_faults,
             sample_s=duration_s / TIMELINE_POINTS if task.detailed else 0.0,
         )
         try:
@@ -164,7 +175,7 @@ class Runner:
         """The figures of a run."""
         setting, run = self.setting, result.run
         return RunOutcome(
-            summary=summarise([run], setting.instances * run.ended_s),
+            summary=summarise([run], result.accelerator_s),
             counters=result.counters,
             losses=Counter(r.detail for r in run.records if r.outcome in ("rejected", "failed")),
             simulated_s=run.ended_s,
@@ -177,13 +188,14 @@ class Runner:
 def timeline(result: SimResult, kv_capacity_tokens: int) -> Timeline:
     """A run's samples as one series an instance."""
     times = sorted({sample.t for sample in result.timeline})
-    waiting: dict[int, list[float]] = {}
-    kv: dict[int, list[float]] = {}
-    budget_ms: dict[int, list[float]] = {}
+    at = {t: index for index, t in enumerate(times)}
+    numbers = dict.fromkeys(sample.instance for sample in result.timeline)
+    # Before an instance is launched, and after it is stopped, nothing is there.
+    waiting, kv, budget_ms = ({number: [0.0] * len(times) for number in numbers} for _ in range(3))
     for sample in result.timeline:
-        waiting.setdefault(sample.instance, []).append(sample.waiting)
-        kv.setdefault(sample.instance, []).append(100.0 * sample.kv_tokens / kv_capacity_tokens)
-        budget_ms.setdefault(sample.instance, []).append(1000.0 * sample.budget_s)
+        waiting[sample.instance][at[sample.t]] = sample.waiting
+        kv[sample.instance][at[sample.t]] = 100.0 * sample.kv_tokens / kv_capacity_tokens
+        budget_ms[sample.instance][at[sample.t]] = 1000.0 * sample.budget_s
     return Timeline(result.run.duration_s, times, list(waiting.values()), list(budget_ms.values()), list(kv.values()))
 
 

@@ -21,7 +21,8 @@ from hyperflexis.core.links import Link, Split
 from hyperflexis.core.profile import Profile
 from hyperflexis.core.slo import Slo
 from hyperflexis.policy.catalog import find_policy
-from hyperflexis.sim.driver import SimConfig, SimResult, simulate
+from hyperflexis.sim.config import SimConfig, SimResult
+from hyperflexis.sim.driver import simulate
 from hyperflexis.sim.faults import Fault
 from hyperflexis.sim.workload import Arrival
 

@@ -10,7 +10,8 @@ from tests.sim.support import device
 from hyperflexis.core.latency import Coefficients
 from hyperflexis.core.slo import Slo
 from hyperflexis.policy_file import load_policy
-from hyperflexis.sim.driver import SimConfig, SimResult, simulate
+from hyperflexis.sim.config import SimConfig, SimResult
+from hyperflexis.sim.driver import simulate
 from hyperflexis.sim.workload import Arrival
 
 PREFIX_BLIND = Path(__file__).parents[2] / "benchmarks" / "ablations" / "prefix_blind.py"

@@ -114,7 +114,7 @@ def test_a_handoff_that_failed_while_its_source_was_away_is_bound_there_again():
     c.handle(InstanceLeft("i0", 1, "its link broke"), 0.06)
     c.handle(HandoffFailed("r", "i0", 1, "refused"), 0.07)
     assert loads(c) == [(0, 0)]
-    c.handle(InstanceJoined(info("i0", kv_address="unix:kv0"), prefill_share=1.0), 0.2)
+    c.handle(InstanceJoined(info("i0", kv_address="unix:kv0"), prefill_share=1.0, served=True), 0.2)
     assert loads(c) == [(0, 0), (0, 1)]
     c.handle(InstanceReported(report("i0", [RequestProgress("r", 500, 3)])), 0.3)
     assert loads(c) == [(0, 0), (0, 1)]
@@ -244,8 +244,8 @@ def test_an_instance_that_comes_back_takes_the_role_that_is_missing():
 
 def test_a_restarted_controller_keeps_the_roles_that_instances_have():
     c = Controller(ControllerConfig(("m",), split=APART))
-    effects = c.handle(InstanceJoined(info("i1", kv_address="unix:kv1"), prefill_share=0.0), 0.0)
-    effects += c.handle(InstanceJoined(info("i0", kv_address="unix:kv0"), prefill_share=1.0), 0.0)
+    effects = c.handle(InstanceJoined(info("i1", kv_address="unix:kv1"), prefill_share=0.0, served=True), 0.0)
+    effects += c.handle(InstanceJoined(info("i0", kv_address="unix:kv0"), prefill_share=1.0, served=True), 0.0)
     assert [type(effect) for effect in effects] == [SetLinks, SetLinks]
     assert len(c.cluster.ready("m")) == 2, "they served before, and need not wait for their links"
     assert [one.prefill_share for one in c.cluster.instances.values()] == [0.0, 1.0]

@@ -350,3 +350,49 @@ def test_a_disaggregated_run_tells_of_handoffs_and_stages(workload: Path, tmp_pa
     assert found["attainment"] <= min(found["ttft_attainment"], found["tpot_attainment"])
     assert figures["options"]["split"]["prefill"] == 1
     assert replay(journal) > 100
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--min", "2"], "--min needs --scale"),
+        (["--standby", "1"], "--standby needs --scale"),
+        (["--devices", "1"], "--devices needs --scale"),
+        (["--fault", "fail-launch:0"], "need --scale"),
+        (["--scale", "none"], "no scaler is named 'none'"),
+        (["--scale", "rate@x"], "the numbers that rate takes"),
+        (["--scale", "--start", "soon"], "--start 'soon' is neither"),
+        (["--scale", "--start", "0"], "--start 0 must be above 0"),
+        (["--scale", "--standby", "1"], "--standby needs --start standby"),
+        (["--scale", "--min", "-1"], "--min -1 must be at least 0"),
+        (["--scale", "--min", "3", "--max", "2"], "--max 2 must be at least 3"),
+        (["--scale", "--target", "1"], "--target 1 must be below 1"),
+    ],
+)
+def test_scaling_that_makes_no_sense_is_told(
+    options: list[str], words: str, workload: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in error_of(command(workload, *options), capsys)
+
+
+def test_a_scaled_run_costs_what_its_instances_were_there(workload: Path, tmp_path: Path) -> None:
+    out, journal = tmp_path / "out.json", tmp_path / "journal.jsonl"
+    options = ["--scale", "--start", "standby", "--standby", "1", "--max", "6", "--policies", "hyperflexis"]
+    options += ["--json", str(out), "--journal", str(journal), "--report", str(tmp_path / "report")]
+    assert cli.main(command(workload, *options)) == 0
+    document = json.loads(out.read_text())
+    found = document["policies"]["hyperflexis"]
+    assert found["counters"]["launches"] >= 1
+    assert found["simulated_s"] < found["accelerator_s"] < 8 * found["simulated_s"]
+    assert document["options"]["scale"]["models"][0]["standby"] == 1
+    assert replay(journal) > 100
+
+
+def test_a_fixed_scaler_costs_what_a_fixed_fleet_costs(workload: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    found = []
+    for options in ([], ["--scale", "fixed@1", "--start", "5"]):
+        assert cli.main(command(workload, *options, "--policies", "hyperflexis", "--json", str(out))) == 0
+        found.append(json.loads(out.read_text())["policies"]["hyperflexis"])
+    assert found[0]["attainment"] == found[1]["attainment"]
+    assert found[0]["accelerator_s"] == pytest.approx(found[1]["accelerator_s"])

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from math import inf
 
 from ..errors import IllegalTransition
-from .demand import Demand
+from .demand import Demand, Tally
 from .health import Health
 from .instance import InstanceInfo, InstanceReport, InstanceState, check_instance_move
 from .latency import Coefficients
+from .launch import Launching
 from .lengths import LengthModel
 from .links import Links
 from .prefixes import Prefixes
@@ -35,7 +36,7 @@ class TrackedRequest:
     and ``context_tokens`` are what its instance counts for it: prompt seconds to come, and the KV tokens that it holds
     or will hold soon. ``discount`` is below 1 for a request beyond its tenant's fair share. One that ``hands_over`` is
     to decode elsewhere: where its prompt is computed its pace binds nobody. ``first_judged``: whether its first token
-    was late is known already.
+    was late is known already. ``counted_missed``: scaling knows that it will not keep its promise.
 
     A request that goes on elsewhere counts the ``sent_tokens`` in its prompt; ``first_due`` is when the next is due,
     and the expected and reported outputs are of what follows."""
@@ -58,6 +59,7 @@ class TrackedRequest:
     sent_tokens: int = 0
     hands_over: bool = False
     first_judged: bool = False
+    counted_missed: bool = False
 
     @property
     def value(self) -> float:
@@ -273,7 +275,7 @@ def prefix_holders(request: Request, instances: Iterable[TrackedInstance]) -> li
 class Cluster:
     """All instances, by model, all requests in flight, those of them that are ``waiting`` for an instance, what their
     outputs' lengths were so far, the shares of each model's tenants, the links between instances, and what each model's
-    requests ask for."""
+    requests ask for. ``launches`` are instances that are not ready yet."""
 
     def __init__(self) -> None:
         self.instances: dict[str, TrackedInstance] = {}
@@ -284,6 +286,14 @@ class Cluster:
         self.shares: dict[str, FairShares] = {}
         self.links = Links()
         self.demand: dict[str, Demand] = {}
+        self.tallies: dict[str, Tally] = {}
+        self.launches: dict[str, Launching] = {}
+
+    def tally(self, model: str, now: float) -> Tally:
+        """What scaling counts of ``model``."""
+        if model not in self.tallies:
+            self.tallies[model] = Tally(now)
+        return self.tallies[model]
 
     def ready(self, model: str) -> list[TrackedInstance]:
         """Instances of ``model`` that take new requests, in order of joining; suspected ones if there are no others."""
@@ -311,11 +321,12 @@ class Cluster:
         self.by_model.setdefault(instance.info.model, {})[instance.id] = instance
         self.requests.update(instance.requests)
 
-    def leave(self, instance: TrackedInstance) -> list[TrackedRequest]:
-        """Mark it LOST and drop it; returns the requests that were bound to it."""
-        instance.move(InstanceState.LOST)
+    def leave(self, instance: TrackedInstance, state: InstanceState = InstanceState.LOST) -> list[TrackedRequest]:
+        """Mark it LOST or STOPPED and drop it; returns the requests that were bound to it."""
+        instance.move(state)
         del self.instances[instance.id]
         del self.by_model[instance.info.model][instance.id]
+        self.links.forget(instance.id)
         return list(instance.requests.values())
 
     def track(self, tracked: TrackedRequest) -> None:

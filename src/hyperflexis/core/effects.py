@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from .launch import Means
 from .links import KvSource
 
 RejectReason = Literal["slo_infeasible", "overloaded", "no_instance_ready", "unknown_model"]
@@ -126,4 +127,49 @@ class Drain:
     on: bool = True
 
 
-Effect = Dispatch | Handoff | Reject | Suspect | Evacuate | Drain | SetRole | SetLinks
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Start an instance by ``means`` (core/launch.py): a new one of this id, or, from standby, the shell of this id. As
+    a ``shell`` it is to stop before the weights, and to wait. ``prefill_share`` is the role that it is to join with
+    (None: it has none). ``avoid`` are places where launches failed of late: only if there is no other.
+
+    Answered by LaunchProgressed after each phase, and by InstanceJoined, or by LaunchFailed; by nothing, it is given up
+    after a time and launched anew under another id. A launcher does not start again by itself what ends."""
+
+    instance: str
+    model: str
+    means: Means
+    shell: bool
+    prefill_share: float | None
+    avoid: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopInstance:
+    """End an instance and give its devices back: it is empty, or not ready yet. Ids that are not known are ignored."""
+
+    instance: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """How many instances a model is to have: once a second and model, for the journal, metrics and people.
+
+    ``instances`` are there or on their way, without those that drain. ``desired`` is what the demand asks for, ``held``
+    what is kept, within all limits. ``demand`` is in instances, ``margin`` in square roots of it; ``error`` is the mean
+    relative error of what was forecast ``horizon_s``, the time that a start takes, ahead."""
+
+    model: str
+    instances: int
+    desired: int
+    held: int
+    demand: float
+    margin: float
+    horizon_s: float
+    error: float
+    reason: str
+
+
+Effect = Dispatch | Handoff | Reject | Suspect | Evacuate | Drain | SetRole | SetLinks | Launch | StopInstance | Planned

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .instance import InstanceInfo, InstanceReport
+from .instance import InstanceInfo, InstanceReport, InstanceState
+from .launch import Phase
 from .links import Link
 from .request import Request
 from .stream import Sent
@@ -74,11 +75,13 @@ class GatewayLeft:
 @dataclass(frozen=True, slots=True)
 class InstanceJoined:
     """An instance connected and is ready to serve, unless it is ``draining``. ``prefill_share`` is the role that it was
-    given before, by this controller or an earlier one; None: none yet."""
+    given before, by this controller or an earlier one; None: none yet. ``served``: it was ready before, and its link to
+    the controller is what is new."""
 
     info: InstanceInfo
     draining: bool = False
     prefill_share: float | None = None
+    served: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +153,35 @@ class InstanceLeft:
 
 
 @dataclass(frozen=True, slots=True)
+class LaunchProgressed:
+    """A ``phase`` of an instance's start took ``seconds`` and is over: it is STANDBY or LOADING now. Its InstanceJoined
+    says that it is READY."""
+
+    instance: str
+    phase: Phase
+    seconds: float
+    state: InstanceState
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchFailed:
+    """An instance that was to be launched will not come up, or a shell ended. ``place`` is where that was (a node, a
+    device; empty: not known): the next launch rather goes elsewhere."""
+
+    instance: str
+    reason: str
+    place: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleAsked:
+    """A person wants a model to have so many instances, whatever is asked of it (None: as many as it needs)."""
+
+    model: str
+    instances: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time went by: is every instance well? One without effects changes nothing."""
 
@@ -167,5 +199,8 @@ Event = (
     | PrefillEnding
     | HandoffFailed
     | DrainAsked
+    | LaunchProgressed
+    | LaunchFailed
+    | ScaleAsked
     | Tick
 )

@@ -120,15 +120,13 @@ class Links:
         until = now + self.backlog_s(source, target, now) + size / self.between(source, target).bytes_per_s
         self.sends_until[source] = self.receives_until[target] = until
 
-    def forget(self, instance: str) -> list[str]:
-        """An instance is gone. Returns those that were linked to it as targets."""
+    def forget(self, instance: str) -> None:
+        """An instance is gone."""
         self.sends_until.pop(instance, None)
         self.receives_until.pop(instance, None)
         for source in list(self.table.get(instance, {})):
             self.drop(instance, source)
-        targets = list(self.targets.get(instance, []))
-        for target in targets:
+        for target in list(self.targets.get(instance, [])):
             self.drop(target, instance)
         self.table.pop(instance, None)
         self.targets.pop(instance, None)
-        return targets

@@ -177,6 +177,7 @@ class InstanceHost:
         self._told: EngineReport | None = None
         self._term = 0
         self._prefill_share: float | None = None
+        self._served = False
 
     async def start(self, listen: str, controller: str | None) -> InstanceInfo:
         """Load the engine, open the address, begin to look for the controller. Raises HyperFlexisError."""
@@ -339,7 +340,8 @@ class InstanceHost:
         self._term = hello.term
         self._controller = link
         assert self._info is not None
-        link.send(InstanceJoined(self._info, self._draining, self._prefill_share))
+        link.send(InstanceJoined(self._info, self._draining, self._prefill_share, self._served))
+        self._served = True
         self._told = None
 
     def link_lost(self, link: wire.Link, reason: str) -> None:

@@ -1,8 +1,10 @@
-"""All policies by name: where a request goes, and what an instance runs next.
+"""All policies by name: where a request goes, what an instance runs next, and how many instances there are.
 
 NAME                          `edf`
 NAME@CHUNK                    `edf@512`: at most 512 tokens in an iteration, whatever the instance's own limit
 reject_at_door@CHUNK,MARGIN   `reject_at_door@512,1.2`: refuses what is predicted within a fifth of its deadline
+
+Scalers have a catalog of their own: NAME or NAME@NUMBER,..., as in `concurrency@8,30,300`.
 """
 
 from __future__ import annotations
@@ -16,12 +18,14 @@ from math import isfinite
 from typing import Any
 
 from ..errors import ConfigError
-from . import handoff, place, step
+from . import handoff, place, scale, step
 from .baselines import door, edf, first_come, prefill_first, priority
 from .baselines import handoff as decoding
 from .baselines import place as baselines
+from .baselines import scale as scalers
 from .handoff import DecodePolicy
 from .place import PlacePolicy
+from .scale import ScalePolicy
 from .step import StepPolicy
 
 
@@ -90,6 +94,32 @@ def find_policy(spec: str) -> Policy:
     if name != "reject_at_door":
         raise ConfigError(f"policy {spec!r}: only reject_at_door takes a margin; write {name}@{chunk}")
     return replace(policy, place=partial(door.reject_at_door, margin=_margin(margin, spec)))
+
+
+SCALERS: dict[str, Callable[..., ScalePolicy]] = {
+    "forecast": lambda: scale.desired,
+    "fixed": scalers.fixed,
+    "reactive": scalers.reactive,
+    "concurrency": scalers.concurrency,
+    "saturation": scalers.saturation,
+    "rate": scalers.rate,
+    "follow": scalers.follow,
+}
+"""By name, what makes a scaler of the numbers behind the @."""
+
+
+def find_scaler(spec: str) -> ScalePolicy:
+    """The scaler that ``spec`` names. Raises ConfigError saying what is wrong with it."""
+    name, _, numbers = spec.partition("@")
+    if name not in SCALERS:
+        raise ConfigError(f"no scaler is named {name!r} (scalers: {', '.join(SCALERS)})")
+    try:
+        values = [float(text) for text in numbers.split(",") if text]
+        if not all(isfinite(value) and value >= 0.0 for value in values):
+            raise ValueError
+        return SCALERS[name](*values)
+    except (ValueError, TypeError):
+        raise ConfigError(f"scaler {spec!r}: {numbers!r} are not the numbers that {name} takes") from None
 
 
 def split_specs(text: str) -> list[str]:

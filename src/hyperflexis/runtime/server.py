@@ -17,7 +17,20 @@ import msgspec
 
 from .. import __version__, wire
 from ..controller import Controller
-from ..core.effects import Dispatch, Drain, Effect, Evacuate, Handoff, Reject, SetLinks, SetRole, Suspect
+from ..core.effects import (
+    Dispatch,
+    Drain,
+    Effect,
+    Evacuate,
+    Handoff,
+    Launch,
+    Planned,
+    Reject,
+    SetLinks,
+    SetRole,
+    StopInstance,
+    Suspect,
+)
 from ..core.events import (
     DrainAsked,
     Event,
@@ -242,6 +255,12 @@ class Server:
             case Evacuate():
                 for link in self._gateways.values():
                     link.send(effect)
+            case Launch() | StopInstance():
+                _log.warning(
+                    "instance %s: nobody here launches or stops instances (%s)", effect.instance, effect.reason
+                )
+            case Planned():
+                pass
             case _:
                 assert_never(effect)
 

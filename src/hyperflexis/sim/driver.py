@@ -6,8 +6,9 @@ devices that take as long as a profile says, and the way that events, reports an
     arrival    -> Controller -> Dispatch -> Batcher.add          a request is placed and joins an instance's queue
     iteration  -> Batcher.commit -> tokens, RequestFinished      an instance's batch is done; it plans the next one
     report     -> Batcher.take_progress -> Controller            every 100 ms, as live instances do while they move
-    handoff    -> Batcher.expect, arrived                        disaggregated: KV moves to where the request decodes
+    handoff    -> Batcher.expect, arrived                        KV moves to where the request decodes (handoffs.py)
     fault      -> InstanceLeft, InstanceJoined, Tick             an instance dies, hangs or slows down
+    launch     -> LaunchProgressed, InstanceJoined               scaled: instances come and go (launches.py)
 
 Events are taken in the order (time, phase, sequence), so that a run is a function of its inputs alone.
 
@@ -20,8 +21,7 @@ the last bit.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from heapq import heappop, heappush
 from math import ceil
 from random import Random
@@ -31,11 +31,21 @@ from ..batcher import Batch, Batcher, BatcherConfig, RequestTooLong
 from ..batcher import Sequence as BatcherSequence
 from ..controller import Controller, ControllerConfig
 from ..core import effects
-from ..core.effects import Dispatch, Drain, Effect, Evacuate, Reject, SetLinks, SetRole, Suspect
+from ..core.effects import (
+    Dispatch,
+    Drain,
+    Evacuate,
+    Launch,
+    Planned,
+    Reject,
+    SetLinks,
+    SetRole,
+    StopInstance,
+    Suspect,
+)
 from ..core.events import (
     DrainAsked,
     Event,
-    HandoffFailed,
     InstanceJoined,
     InstanceLeft,
     InstanceLinked,
@@ -44,18 +54,18 @@ from ..core.events import (
     RequestFinished,
     Tick,
 )
-from ..core.health import WATCH_S
 from ..core.instance import InstanceInfo, InstanceReport
 from ..core.latency import OnlineFit
-from ..core.lengths import LengthModel
-from ..core.links import Links, Split
-from ..core.profile import Profile
+from ..core.links import Links
 from ..core.record import Record, RecordOutcome, Run
 from ..core.request import Request
-from ..policy.catalog import STEPS, Policy
-from ..policy.handoff import LAYERS
+from ..policy.catalog import STEPS
 from .client import Client
+from .config import KnownLengths, Observer, Sample, SimConfig, SimCounters, SimResult
 from .faults import Fault
+from .handoffs import Handoff, Handoffs
+from .instance import Instance, Phase, client_of, length_of
+from .launches import Coming, Launches, Meter
 from .workload import Arrival, prefix_keys
 
 MODEL = "model"
@@ -66,88 +76,6 @@ REPORT_S = 0.1
 """Instances report this often, as live ones do."""
 GIVE_UP = 10.0
 """A run ends after this many times its duration; what is open then is unfinished."""
-LINK_S = 0.02
-"""Seconds that it takes to make and to measure a link, as between processes of one host."""
-_FAULT, _ITERATION, _HANDOFF, _REPORT, _WATCH, _SAMPLE = range(6)
-
-Observer = Callable[[float, Event, Sequence[Effect]], None]
-"""Sees each event that the controller took, with its time and effects."""
-
-
-@dataclass(frozen=True, slots=True)
-class SimConfig:
-    """A fleet of ``instances`` equal instances under ``policy``.
-
-    ``noise`` is the relative standard deviation of iteration times. ``device_factor`` stretches the device's times but
-    not the profile that the scheduler starts from: 1.25 is a scheduler whose model is a fifth too optimistic.
-    ``report_delay_s`` is how late reports arrive. ``known_lengths`` tells the scheduler each request's output length.
-    ``exact_limits`` makes clients ask for exactly the tokens they get (as `bench` does), else for all that the context
-    allows. ``sample_s`` is the spacing of the timeline, 0 for none.
-
-    With a ``split`` instances have roles, and KV moves between them.
-    """
-
-    profile: Profile
-    instances: int
-    policy: str
-    rules: Policy
-    seed: int = 0
-    noise: float = 0.0
-    device_factor: float = 1.0
-    report_delay_s: float = 0.0
-    known_lengths: bool = False
-    exact_limits: bool = False
-    prefix_reuse: bool = True
-    block_size: int = 16
-    leap: bool = True
-    sample_s: float = 0.0
-    faults: tuple[Fault, ...] = ()
-    split: Split | None = None
-
-    @property
-    def ticks(self) -> bool:
-        """Whether the controller has to look round from time to time."""
-        return bool(self.faults) or (self.split is not None and self.split.adapt)
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """An instance at one moment: requests, KV tokens held and the time budget of its last plan in seconds."""
-
-    t: float
-    instance: int
-    waiting: int
-    running: int
-    kv_tokens: int
-    budget_s: float
-
-
-@dataclass(slots=True)
-class SimCounters:
-    """What a run took. ``outside_s`` is the iteration time spent outside of the profile's domain, ``exposed_s`` the
-    time between first tokens and the arrival of their KV elsewhere, over all ``handoffs``; ``transitions`` counts
-    roles."""
-
-    events: int = 0
-    iterations: int = 0
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    prefix_hit_tokens: int = 0
-    preemptions: int = 0
-    busy_s: float = 0.0
-    outside_s: float = 0.0
-    handoffs: int = 0
-    exposed_s: float = 0.0
-    transitions: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class SimResult:
-    """Records are in order of arrival."""
-
-    run: Run
-    counters: SimCounters
-    timeline: tuple[Sample, ...]
 
 
 def simulate(
@@ -157,51 +85,7 @@ def simulate(
     return _Simulation(config, arrivals, duration_s, observe).run()
 
 
-@dataclass(slots=True, eq=False)
-class Handoff:
-    """A request on its way: ``leaves`` is what the ``source`` has of it and ``seq`` what the ``target`` will.
-    ``is_there``: its KV is, but for what the iteration under way adds. ``over``: it has arrived, or is not to."""
-
-    client: Client
-    source: _Instance
-    target: _Instance
-    leaves: BatcherSequence
-    seq: BatcherSequence
-    is_there: bool = False
-    is_parked: bool = False
-    over: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class _Instance:
-    """An engine process: its Batcher, and the iterations under way.
-
-    ``ends`` and ``seconds`` are the end times and durations of the coming iterations of ``batch``; ``version`` tells
-    a planned end from one that was cut. ``last_tokens`` is a heap of (tick of the Batcher that brings it, sequence
-    number, request). ``moved_at`` is when the last iteration ended. ``leaving``, ``arriving`` and
-    ``returning`` are what handoffs have to do before the next plan.
-    """
-
-    number: int
-    info: InstanceInfo
-    batcher: Batcher
-    batch: Batch | None = None
-    ends: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    factors: list[float] = field(default_factory=list)
-    last_tokens: list[tuple[int, int, BatcherSequence]] = field(default_factory=list)
-    version: int = 0
-    up: bool = True
-    reporting: bool = False
-    slow: float = 1.0
-    budget_s: float = 0.0
-    moved_at: float = 0.0
-    leaving: list[Handoff] = field(default_factory=list)
-    arriving: list[Handoff] = field(default_factory=list)
-    returning: list[BatcherSequence] = field(default_factory=list)
-
-
-class _Simulation:
+class _Simulation:  # implements the Fleet of handoffs.py and launches.py
     def __init__(
         self, config: SimConfig, arrivals: Sequence[Arrival], duration_s: float, observe: Observer | None
     ) -> None:
@@ -226,28 +110,35 @@ class _Simulation:
             context_length=profile.context_length,
             prefix_reuse=config.prefix_reuse,
         )
-        self._block_size = config.block_size if config.prefix_reuse else None
+        self.block_size = config.block_size if config.prefix_reuse else None
         models = tuple(dict.fromkeys(arrival.model or MODEL for arrival in arrivals)) or (MODEL,)
         self._models = models
-        self._controller = Controller(ControllerConfig(models, config.policy, split=config.split))
-        self._links = Links() if config.split is None else Links(config.split.link)
+        self._controller = Controller(ControllerConfig(models, config.policy, split=config.split, scale=config.scale))
+        self._handoffs = Handoffs(self, Links() if config.split is None else Links(config.split.link))
+        self._meter = Meter(config.shell_price)
+        random = Random(f"{config.seed}:launches")
+        self._launches = Launches(self, config.starts, config.launch_faults, config.noise, random, self._meter)
         if config.known_lengths:
-            self._controller.cluster.lengths = _KnownLengths()
-        self._noise = [Random(f"{config.seed}:noise:{n}") for n in range(config.instances)]
+            self._controller.cluster.lengths = KnownLengths()
+        self._noise: list[Random] = []
         # Factors that were drawn for iterations that a leap then did not take: the next ones get them.
-        self._drawn: list[list[float]] = [[] for _ in range(config.instances)]
-        self._instances = [self._launch(n, 1) for n in range(config.instances)]
+        self._drawn: list[list[float]] = []
+        self._instances: list[Instance] = []
+        self._by_id: dict[str, Instance] = {}
+        for number in range(config.instances):
+            self.add(str(number), models[number % len(models)])
+            self._meter.start(str(number), False, 0.0)
 
     def run(self) -> SimResult:
         """All events in order."""
         for instance in self._instances:
-            self._tell(InstanceJoined(instance.info), 0.0)
+            self.tell(InstanceJoined(instance.info), 0.0)
         for fault in self._config.faults:
-            self._push(fault.at_s, _FAULT, fault)
-        if self._config.ticks:
-            self._push(WATCH_S, _WATCH, Tick())
+            self.push(fault.at_s, Phase.FAULT, fault)
+        if self._config.tick_s is not None:
+            self.push(self._config.tick_s, Phase.WATCH, Tick())
         if self._config.sample_s:
-            self._push(0.0, _SAMPLE, None)
+            self.push(0.0, Phase.SAMPLE, None)
         give_up_at = GIVE_UP * self._duration_s
         arrivals, heap, counters = self._arrivals, self._heap, self._counters
         upcoming = 0
@@ -271,23 +162,26 @@ class _Simulation:
     def _happen(self, now: float, phase: int, what: object) -> bool:
         """One event of the heap; False when it had been superseded, or was only a look at the run."""
         match what:
-            case (_Instance() as instance, int() as version):
+            case (Instance() as instance, int() as version):
                 if version != instance.version:
                     return False
                 self._iteration_done(instance)
-            case _Instance():
+            case Instance():
                 self._report(what, now)
             case InstanceReported() | InstanceLinked():
-                self._tell(what, now)
+                self.tell(what, now)
             case Tick():
                 for instance in self._instances:
                     if instance.batch is None:
                         self._report(instance, now)  # nothing to do, and alive
-                self._tell(what, now)
-                self._push(now + WATCH_S, _WATCH, what)
+                self.tell(what, now)
+                assert self._config.tick_s is not None
+                self.push(now + self._config.tick_s, Phase.WATCH, what)
                 return False
             case Handoff():
-                self._kv_is_there(what, now)
+                self._handoffs.kv_is_there(what, now)
+            case Coming():
+                self._launches.go_on(what, now)
             case Fault():
                 self._fault(what, now)
             case (Fault() as fault, int() as epoch):
@@ -301,7 +195,8 @@ class _Simulation:
 
     # The controller and its effects
 
-    def _tell(self, event: Event, now: float) -> None:
+    def tell(self, event: Event, now: float) -> None:
+        """Let the controller know, and do what it says."""
         orders = self._controller.handle(event, now)
         if self._observe is not None and (orders or not isinstance(event, Tick)):
             self._observe(now, event, orders)
@@ -312,29 +207,24 @@ class _Simulation:
                 case Reject():
                     self._end(self._clients[effect.request_id], "rejected", now, detail=effect.reason)
                 case effects.Handoff():
-                    self._hand_over(self._clients[effect.request_id], effect, now)
+                    self._handoffs.begin(self._clients[effect.request_id], effect, now)
                 case SetRole():
                     self._counters.transitions += 1
                 case SetLinks():
-                    self._link(effect, now)
-                case Suspect():
+                    self._handoffs.link(effect, now)
+                case Suspect() | Planned():
                     pass
+                case Launch():
+                    self._launches.begin(effect, now)
+                case StopInstance():
+                    self._stop(effect.instance, now)
                 case Evacuate():
-                    self._evacuate(self._instances[int(effect.instance)], now, effect.failed)
+                    self._evacuate(self.find(effect.instance), now, effect.failed)
                 case Drain():
                     if effect.limit_s is not None and effect.on:
-                        self._evacuate(self._instances[int(effect.instance)], now, failed=False)
+                        self._evacuate(self.find(effect.instance), now, failed=False)
                 case _:
                     assert_never(effect)
-
-    def _link(self, order: SetLinks, now: float) -> None:
-        """Links are made and measured before the first request comes; later ones in LINK_S."""
-        for source in order.sources:
-            linked = InstanceLinked(order.instance, order.epoch, source.instance, source.epoch, self._links.usual)
-            if now:
-                self._push(now + LINK_S, _HANDOFF, linked)
-            else:
-                self._tell(linked, now)
 
     def _arrive(self, index: int, now: float) -> None:
         arrival = self._arrivals[index]
@@ -353,123 +243,27 @@ class _Simulation:
         )
         client = Client(arrival, request)
         self._clients[request.id] = client
-        self._tell(client.ask(now), now)
+        self.tell(client.ask(now), now)
 
     def _dispatch(self, client: Client, effect: Dispatch, now: float) -> None:
-        instance = self._instances[int(effect.instance)]
-        seq = client.dispatched(effect, self._block_size)
-        self._settle(instance, now, cut=True)
+        instance = self.find(effect.instance)
+        seq = client.dispatched(effect, self.block_size)
+        self.settle(instance, now, cut=True)
         try:
             instance.batcher.add(seq, now)
         except RequestTooLong as error:
-            self._tell(RequestFinished(client.id, "failed", 0, None, now - client.arrival.t), now)
+            self.tell(RequestFinished(client.id, "failed", 0, None, now - client.arrival.t), now)
             self._end(client, "failed", now, detail=str(error))
             return
         if instance.batch is None and instance.up:
-            self._plan(instance, now)
-
-    # Handoffs
-
-    def _hand_over(self, client: Client, effect: effects.Handoff, now: float) -> None:
-        """The target makes room, and the KV begins to move."""
-        source, target = self._instances[int(effect.source)], self._instances[int(effect.instance)]
-        self._settle(target, now, cut=True)
-        leaves = client.seq
-        assert leaves is not None
-        seq = client.sequence(effect, self._block_size)
-        found = target.batcher.expect(seq, now)
-        if found is None:
-            self._tell(HandoffFailed(client.id, source.info.id, source.info.epoch, "no room"), now)
-            return
-        handoff = client.handoff = Handoff(client, source, target, leaves, seq)
-        size = float(max(leaves.num_tokens - found, 0) * source.info.kv_bytes_per_token)
-        left_s, last = 0.0, 0.0
-        if not leaves.output_tokens:  # its prompt ends with the iteration under way
-            left_s, last = source.ends[-1] - now, size / LAYERS
-            source.leaving.append(handoff)
-        exposed_s = self._links.exposed_s(source.info.id, target.info.id, size, left_s, last, now)
-        self._links.add(source.info.id, target.info.id, size, now)
-        self._counters.handoffs += 1
-        self._counters.exposed_s += exposed_s
-        self._push(now + left_s + exposed_s, _HANDOFF, handoff)
-
-    def _kv_is_there(self, handoff: Handoff, now: float) -> None:
-        """All but what an iteration under way adds."""
-        source = handoff.source
-        if handoff.over:
-            return
-        self._settle(source, now, cut=True)
-        if handoff.is_parked or source.batch is None:
-            self._go_on(handoff, now)
-        else:
-            handoff.is_there = True
-            source.leaving.append(handoff)
-
-    def _go_on(self, handoff: Handoff, now: float) -> None:
-        """The source forgets the request, the target has it."""
-        target = handoff.target
-        handoff.source.batcher.cancel(handoff.client.id)
-        handoff.client.moved(handoff.seq, target.info.id, handoff.leaves.output_tokens)
-        handoff.over = True
-        self._settle(target, now, cut=True)
-        target.arriving.append(handoff)
-        if target.batch is None:
-            self._plan(target, now)
-
-    def _move_kv(self, instance: _Instance, now: float) -> None:
-        """What handoffs do between two iterations."""
-        for seq in instance.returning:
-            if instance.batcher.get(seq.id) is seq:
-                instance.batcher.unpark(seq.id)
-                self._note_last_token(instance, seq)
-        instance.returning.clear()
-        leaving, instance.leaving = instance.leaving, []
-        for handoff in leaving:
-            if handoff.over:
-                continue
-            if handoff.is_there:
-                self._go_on(handoff, now)
-            elif instance.batcher.runs(handoff.client.id):
-                instance.batcher.park(handoff.client.id)
-                handoff.is_parked = True
-        arriving, instance.arriving = instance.arriving, []
-        for handoff in arriving:
-            seq, leaves = handoff.seq, handoff.leaves
-            if instance.batcher.get(seq.id) is not seq:
-                continue
-            computed, output = leaves.computed, leaves.output_tokens
-            if not instance.batcher.room_for(seq.id, leaves.num_tokens):
-                instance.batcher.cancel(seq.id)
-                self._lose(seq, now, now, failed=False)
-                continue
-            instance.batcher.arrived(seq.id, computed, range(output), now, leaves.first_token_at)
-            self._note_last_token(instance, seq)
-
-    def _give_up_handoff(self, client: Client, seq: BatcherSequence, now: float) -> bool:
-        """One side of a handoff is lost with ``seq``. True when the request goes on at its source."""
-        handoff, client.handoff = client.handoff, None
-        if handoff is None or handoff.over:
-            return False
-        handoff.over = True
-        if seq is handoff.leaves:
-            self._settle(handoff.target, now)
-            handoff.target.batcher.cancel(client.id)
-            return False
-        source = handoff.source
-        if handoff.is_parked:
-            self._settle(source, now, cut=True)
-            source.returning.append(handoff.leaves)
-            if source.batch is None:
-                self._plan(source, now)
-        self._tell(HandoffFailed(client.id, source.info.id, source.info.epoch, "the target was lost"), now)
-        return True
+            self.plan(instance, now)
 
     # Iterations
 
-    def _plan(self, instance: _Instance, now: float) -> None:
+    def plan(self, instance: Instance, now: float) -> None:
         """The next iterations of an instance, or rest."""
         if instance.leaving or instance.arriving or instance.returning:
-            self._move_kv(instance, now)
+            self._handoffs.move_kv(instance, now)
         batch = instance.batch = instance.batcher.plan(now)
         if batch is None:
             return
@@ -479,19 +273,19 @@ class _Simulation:
         for chunk in batch.prefills:
             if chunk.samples and chunk.seq.hands_over and not chunk.seq.output_tokens:
                 info = instance.info
-                self._tell(PrefillEnding(chunk.seq.id, info.id, info.epoch, batch.predicted_s), now)
+                self.tell(PrefillEnding(chunk.seq.id, info.id, info.epoch, batch.predicted_s), now)
         if not instance.reporting:
             instance.reporting = True
-            self._push(_next_tick(now), _REPORT, instance)
+            self.push(_next_tick(now), Phase.REPORT, instance)
 
-    def _steps(self, instance: _Instance, batch: Batch) -> int:
+    def _steps(self, instance: Instance, batch: Batch) -> int:
         """Iterations until a request of ``batch`` gets its last token, that one included."""
         times = min(batch.repeat, LEAP)
         if instance.last_tokens:
             times = min(times, instance.last_tokens[0][0] - instance.batcher.ticks)
         return max(times, 1)
 
-    def _schedule(self, instance: _Instance, batch: Batch, now: float, times: int) -> None:
+    def _schedule(self, instance: Instance, batch: Batch, now: float, times: int) -> None:
         profile = self._config.profile
         scale = self._config.device_factor * instance.slow
         kv, decodes = batch.kv_tokens, batch.num_decodes
@@ -513,9 +307,9 @@ class _Simulation:
                 kv += decodes
         instance.ends, instance.seconds, instance.factors = ends, seconds, factors
         instance.version += 1
-        self._push(ends[-1], _ITERATION, (instance, instance.version))
+        self.push(ends[-1], Phase.ITERATION, (instance, instance.version))
 
-    def _draw(self, instance: _Instance, times: int) -> list[float]:
+    def _draw(self, instance: Instance, times: int) -> list[float]:
         noise = self._config.noise
         if not noise:
             return [1.0] * times
@@ -526,7 +320,7 @@ class _Simulation:
         factors, self._drawn[number] = drawn[:times], drawn[times:]
         return factors
 
-    def _settle(self, instance: _Instance, now: float, cut: bool = False) -> None:
+    def settle(self, instance: Instance, now: float, cut: bool = False) -> None:
         """Commit the iterations of a leap that are over at ``now``; with ``cut`` the one under way ends the leap."""
         batch = instance.batch
         if batch is None or len(instance.ends) == 1:
@@ -544,42 +338,42 @@ class _Simulation:
                 self._drawn[instance.number] = instance.factors[1:] + self._drawn[instance.number]
             del instance.ends[1:], instance.seconds[1:], instance.factors[1:]
             instance.version += 1
-            self._push(instance.ends[0], _ITERATION, (instance, instance.version))
+            self.push(instance.ends[0], Phase.ITERATION, (instance, instance.version))
 
-    def _iteration_done(self, instance: _Instance) -> None:
+    def _iteration_done(self, instance: Instance) -> None:
         """The last of the scheduled iterations is over."""
         now = instance.ends[-1]
         if len(instance.ends) > 1:
-            self._settle(instance, instance.ends[-2])
+            self.settle(instance, instance.ends[-2])
         batch = instance.batch
         assert batch is not None
         instance.moved_at = now
         self._count(batch, instance.seconds)
         ended = self._last_tokens_of(instance, batch)
         for emitted in instance.batcher.commit_sizes(batch, ended, now, instance.seconds[0]):
-            client = _client(emitted.seq)
+            client = client_of(emitted.seq)
             client.first_token(now)
             if emitted.finish is not None:
                 self._finished(client, now)
             else:
-                self._note_last_token(instance, emitted.seq)
-        self._plan(instance, now)
+                self.note_last_token(instance, emitted.seq)
+        self.plan(instance, now)
 
-    def _note_last_token(self, instance: _Instance, seq: BatcherSequence) -> None:
+    def note_last_token(self, instance: Instance, seq: BatcherSequence) -> None:
         """When a request that runs will end."""
-        left = _length(seq) - seq.output_tokens
+        left = length_of(seq) - seq.output_tokens
         self._sequence += 1
         heappush(instance.last_tokens, (instance.batcher.ticks + left, self._sequence, seq))
 
-    def _last_tokens_of(self, instance: _Instance, batch: Batch) -> list[BatcherSequence]:
+    def _last_tokens_of(self, instance: Instance, batch: Batch) -> list[BatcherSequence]:
         """The requests that get their last token in this iteration."""
-        ended = [c.seq for c in batch.prefills if c.samples and c.seq.output_tokens + 1 >= _length(c.seq)]
+        ended = [c.seq for c in batch.prefills if c.samples and c.seq.output_tokens + 1 >= length_of(c.seq)]
         if batch.decodes:
             heap, tick = instance.last_tokens, instance.batcher.ticks + 1
             while heap and heap[0][0] <= tick:
                 seq = heappop(heap)[2]
                 # Not one that was preempted after this entry was made; one that was parked in between has two.
-                if seq.remaining_prefill == 1 and seq.output_tokens + 1 == _length(seq) and seq not in ended:
+                if seq.remaining_prefill == 1 and seq.output_tokens + 1 == length_of(seq) and seq not in ended:
                     ended.append(seq)
         return ended
 
@@ -593,7 +387,7 @@ class _Simulation:
         arrived_at = client.arrival.t
         client.stream.finish(client.stream.attempt)
         if client.seq is not None:
-            self._give_up_handoff(client, client.seq, now)
+            self._handoffs.give_up(client, client.seq, now)
         event = RequestFinished(
             client.id,
             "finished",
@@ -603,7 +397,7 @@ class _Simulation:
             client.cached_tokens,
         )
         self._end(client, "finished", now)
-        self._tell(event, now)
+        self.tell(event, now)
 
     def _end(self, client: Client, outcome: RecordOutcome, now: float, detail: str = "") -> None:
         assert not client.ended, "a request ends once"
@@ -613,19 +407,66 @@ class _Simulation:
         self._ended_at = max(self._ended_at, now)
         self._records[int(client.id[1:])] = client.record(outcome, now, detail)
 
+    # Instances
+
+    def find(self, id: str) -> Instance:
+        """The instance of this id, as it was launched last."""
+        return self._by_id[id]
+
+    def add(self, id: str, model: str) -> Instance:
+        """Another instance, ready to serve."""
+        number = len(self._instances)
+        self._noise.append(Random(f"{self._config.seed}:noise:{number}"))
+        self._drawn.append([])
+        instance = self._by_id[id] = self._engine(number, id, model, 1)
+        self._instances.append(instance)
+        return instance
+
+    def _engine(self, number: int, id: str, model: str, epoch: int) -> Instance:
+        config, sizes = self._config, self._sizes
+        step = STEPS[config.rules.step]
+        prior = config.profile.coefficients
+        info = InstanceInfo(
+            id=id,
+            epoch=epoch,
+            model=model,
+            device_kind=config.profile.device_kind,
+            address=f"sim:{id}",
+            engine="simulated",
+            context_length=sizes.context_length,
+            kv_capacity_tokens=sizes.kv_capacity_tokens,
+            max_batch=sizes.max_batch,
+            max_batch_tokens=sizes.max_batch_tokens,
+            returns_token_ids=True,
+            latency=prior,
+            kv_address=f"sim:{id}",
+            kv_bytes_per_token=config.profile.kv_bytes_per_token,
+        )
+        return Instance(number, info, Batcher(sizes, OnlineFit(prior), step.plan, step.victim))
+
+    def _stop(self, id: str, now: float) -> None:
+        instance = self._by_id.get(id)
+        self._launches.stop(id, now)
+        self._counters.stops += 1
+        if instance is not None:
+            assert not instance.batcher.sequences(), "an instance is stopped when it is empty"
+            instance.up, instance.stopped, instance.batch = False, True, None
+            instance.version += 1
+            self._add_totals(instance)
+
     # Reports
 
-    def _report(self, instance: _Instance, now: float) -> None:
+    def _report(self, instance: Instance, now: float) -> None:
         instance.reporting = False
         if not instance.up:
             return
-        self._settle(instance, now)
+        self.settle(instance, now)
         batcher = instance.batcher
         progress = batcher.take_progress()
         if instance.batch is not None:
             instance.reporting = True
-            self._push(_next_tick(now), _REPORT, instance)
-        if not progress and not self._config.ticks:
+            self.push(_next_tick(now), Phase.REPORT, instance)
+        if not progress and self._config.tick_s is None:
             return  # what it could say matters only to the watch
         counters = batcher.counters
         report = InstanceReported(
@@ -646,13 +487,15 @@ class _Simulation:
             )
         )
         if self._config.report_delay_s:
-            self._push(now + self._config.report_delay_s, _REPORT, report)
+            self.push(now + self._config.report_delay_s, Phase.REPORT, report)
         else:
-            self._tell(report, now)
+            self.tell(report, now)
 
     def _sample(self, now: float) -> None:
         for instance in self._instances:
-            self._settle(instance, now)
+            if instance.stopped:
+                continue
+            self.settle(instance, now)
             batcher = instance.batcher
             self._timeline.append(
                 Sample(
@@ -664,35 +507,15 @@ class _Simulation:
                     instance.budget_s if instance.batch is not None else 0.0,
                 )
             )
-        self._push(now + self._config.sample_s, _SAMPLE, None)
+        self.push(now + self._config.sample_s, Phase.SAMPLE, None)
 
     # Faults
 
-    def _launch(self, number: int, epoch: int) -> _Instance:
-        config, sizes = self._config, self._sizes
-        step = STEPS[config.rules.step]
-        prior = config.profile.coefficients
-        info = InstanceInfo(
-            id=str(number),
-            epoch=epoch,
-            model=self._models[number % len(self._models)],
-            device_kind=config.profile.device_kind,
-            address=f"sim:{number}",
-            engine="simulated",
-            context_length=sizes.context_length,
-            kv_capacity_tokens=sizes.kv_capacity_tokens,
-            max_batch=sizes.max_batch,
-            max_batch_tokens=sizes.max_batch_tokens,
-            returns_token_ids=True,
-            latency=prior,
-            kv_address=f"sim:{number}",
-            kv_bytes_per_token=config.profile.kv_bytes_per_token,
-        )
-        return _Instance(number, info, Batcher(sizes, OnlineFit(prior), step.plan, step.victim))
-
     def _fault(self, fault: Fault, now: float) -> None:
         instance = self._instances[fault.instance]
-        self._settle(instance, now, cut=True)
+        if instance.stopped:
+            return
+        self.settle(instance, now, cut=True)
         match fault.kind:
             case "kill":
                 if not instance.up:
@@ -703,57 +526,62 @@ class _Simulation:
                     instance.ends[0] += fault.for_s
                     instance.seconds[0] += fault.for_s
                     instance.version += 1
-                    self._push(instance.ends[0], _ITERATION, (instance, instance.version))
+                    self.push(instance.ends[0], Phase.ITERATION, (instance, instance.version))
                 return
             case "slow":
                 instance.slow = fault.factor
             case "drain":
-                self._tell(DrainAsked(instance.info.id, 0.0), now)
+                self.tell(DrainAsked(instance.info.id, 0.0), now)
             case _:
                 assert_never(fault.kind)
-        self._push(now + fault.for_s, _FAULT, (fault, instance.info.epoch))
+        self.push(now + fault.for_s, Phase.FAULT, (fault, instance.info.epoch))
 
-    def _kill(self, instance: _Instance, now: float) -> None:
+    def _kill(self, instance: Instance, now: float) -> None:
         """Its process ends: its streams go on elsewhere."""
         instance.up = False
         instance.batch = None
         instance.version += 1
         self._add_totals(instance)
         info = instance.info
-        self._tell(InstanceLeft(info.id, info.epoch, "killed"), now)
+        if self._config.scale is not None:
+            self._meter.stop(info.id, now)
+        self.tell(InstanceLeft(info.id, info.epoch, "killed"), now)
         for seq in instance.batcher.sequences():
-            if not self._give_up_handoff(_client(seq), seq, now):
-                self._lose(seq, instance.moved_at, now)
+            if not self._handoffs.give_up(client_of(seq), seq, now):
+                self.lose(seq, instance.moved_at, now)
 
-    def _evacuate(self, instance: _Instance, now: float, failed: bool) -> None:
-        self._settle(instance, now, cut=True)
+    def _evacuate(self, instance: Instance, now: float, failed: bool) -> None:
+        self.settle(instance, now, cut=True)
         for seq in instance.batcher.sequences():
             instance.batcher.cancel(seq.id)
-            if not self._give_up_handoff(_client(seq), seq, now):
-                self._lose(seq, instance.moved_at, now, failed)
+            if not self._handoffs.give_up(client_of(seq), seq, now):
+                self.lose(seq, instance.moved_at, now, failed)
 
-    def _lose(self, seq: BatcherSequence, moved_at: float, now: float, failed: bool = True) -> None:
-        client = _client(seq)
+    def lose(self, seq: BatcherSequence, moved_at: float, now: float, failed: bool = True) -> None:
+        """Its instance does not go on with a request: it goes on elsewhere, or has failed."""
+        client = client_of(seq)
         match client.lost(moved_at, failed):
             case "resume":
-                self._tell(client.ask(now), now)
+                self.tell(client.ask(now), now)
             case "complete":
                 self._finished(client, now)
             case _:
                 spent = now - client.arrival.t
-                self._tell(RequestFinished(client.id, "failed", client.num_tokens, client.ttft_s, spent), now)
+                self.tell(RequestFinished(client.id, "failed", client.num_tokens, client.ttft_s, spent), now)
                 self._end(client, "failed", now, detail="too many instances failed it")
 
     def _fault_over(self, fault: Fault, epoch: int, now: float) -> None:
         instance = self._instances[fault.instance]
         if fault.kind == "slow":
-            self._settle(instance, now, cut=True)
+            self.settle(instance, now, cut=True)
             instance.slow = 1.0
         elif fault.kind == "drain":
-            self._tell(DrainAsked(instance.info.id, None, on=False), now)
-        elif fault.kind == "kill" and instance.info.epoch == epoch:
-            fresh = self._instances[fault.instance] = self._launch(fault.instance, epoch + 1)
-            self._tell(InstanceJoined(fresh.info), now)
+            self.tell(DrainAsked(instance.info.id, None, on=False), now)
+        elif fault.kind == "kill" and instance.info.epoch == epoch and self._config.scale is None:
+            info = instance.info
+            fresh = self._by_id[info.id] = self._engine(fault.instance, info.id, info.model, epoch + 1)
+            self._instances[fault.instance] = fresh
+            self.tell(InstanceJoined(fresh.info), now)
 
     # The end
 
@@ -763,10 +591,17 @@ class _Simulation:
         for instance in self._instances:
             if instance.up:
                 self._add_totals(instance)
+        counters, handoffs = self._counters, self._handoffs
+        counters.handoffs, counters.exposed_s = handoffs.count, handoffs.exposed_s
+        counters.launches = self._launches.count
         records = tuple(record for record in self._records if record is not None)
-        return SimResult(Run(records, self._duration_s, self._ended_at), self._counters, tuple(self._timeline))
+        run = Run(records, self._duration_s, self._ended_at)
+        cost_s, sizes = self._meter.until(self._ended_at), tuple(self._meter.sizes)
+        if self._config.scale is None:
+            cost_s = self._config.instances * self._ended_at  # what was killed is paid for all the same
+        return SimResult(run, counters, tuple(self._timeline), cost_s, sizes)
 
-    def _add_totals(self, instance: _Instance) -> None:
+    def _add_totals(self, instance: Instance) -> None:
         total, counters = self._counters, instance.batcher.counters
         total.iterations += counters.iterations
         total.prompt_tokens += counters.prompt_tokens
@@ -775,26 +610,10 @@ class _Simulation:
         total.preemptions += counters.preemptions
         total.busy_s += counters.busy_s
 
-    def _push(self, at: float, phase: int, what: object) -> None:
+    def push(self, at: float, phase: Phase, what: object) -> None:
+        """Something is to happen."""
         self._sequence += 1
         heappush(self._heap, (at, phase, self._sequence, what))
-
-
-class _KnownLengths(LengthModel):
-    """What a scheduler expects that is told lengths: clients then ask for exactly the tokens that they get."""
-
-    def predict(self, request: Request) -> float:
-        """See LengthModel."""
-        return float(request.max_output_tokens)
-
-
-def _client(seq: BatcherSequence) -> Client:
-    assert isinstance(seq.payload, Client)
-    return seq.payload
-
-
-def _length(seq: BatcherSequence) -> int:
-    return _client(seq).length
 
 
 def _next_tick(now: float) -> float:

@@ -27,6 +27,15 @@ class Fault:
     factor: float = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class LaunchFault:
+    """Launch ``number`` (from 0) ends with a failure after its first phase, or hangs: it never comes up."""
+
+    kind: Literal["fail", "hang"]
+    number: int
+
+
+_LAUNCH = re.compile(r"(fail|hang)-launch:(\d{1,6})")
 _FAULT = re.compile(r"(kill|hang|slow|drain):(\d{1,6})@([\d.]+)\+([\d.]+)(?:x([\d.]+))?")
 
 
@@ -49,3 +58,9 @@ def parse_fault(text: str, instances: int) -> Fault:
     if (found[1] == "slow") != (factor > 1.0):
         raise ConfigError(f"--fault {text!r}: a factor above 1 belongs to slow, as in slow:1@60+10x5")
     return Fault(at_s, int(found[2]), cast(FaultKind, found[1]), for_s, factor)
+
+
+def parse_launch_fault(text: str) -> LaunchFault | None:
+    """``fail-launch:0`` or ``hang-launch:2``; None for anything else."""
+    found = _LAUNCH.fullmatch(text)
+    return None if found is None else LaunchFault(cast(Literal["fail", "hang"], found[1]), int(found[2]))

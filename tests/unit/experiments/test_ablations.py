@@ -13,7 +13,8 @@ from hyperflexis.core.slo import Slo
 from hyperflexis.engines.profiles import load_profile
 from hyperflexis.policy import budget, step
 from hyperflexis.policy_file import load_policy
-from hyperflexis.sim.driver import SimConfig, simulate
+from hyperflexis.sim.config import SimConfig
+from hyperflexis.sim.driver import simulate
 from hyperflexis.sim.workload import Arrival
 
 ARRIVALS = [Arrival(0.02 * i, "chat", Slo(0.3 + 0.02 * (i % 7), 0.03), 1.0, 200 + 97 * i % 3000, 20) for i in range(80)]

@@ -17,7 +17,7 @@ from benchmarks.experiments.scenarios import Windows
 
 from hyperflexis.core.record import Record, Run
 from hyperflexis.core.slo import Slo
-from hyperflexis.sim.driver import SimCounters, SimResult
+from hyperflexis.sim.config import SimCounters, SimResult
 
 TASK = Task("ascend-synthetic", "round_robin@2048", 0.5, 1, 3.0)
 SLO = Slo(1.0, 0.1)

@@ -1,0 +1,263 @@
+"""How many instances a model is to have: ``desired`` from what is asked, ``bound`` to what there is, ``hold`` a while.
+
+Once a second, per model, with the demand in *instances kept busy* at each class's own pace (core/demand.py):
+
+    L, S    level of the demand, and by how much it surges until a start is over (forecast.py)
+    need    L + beta sqrt(L + S^2)     chance within a second, and what comes before an instance can
+            at least what the KV cache in use fills
+    guard   where S > GUARD sqrt(usual demand), following comes too late: instead the fleet beyond which only LOST times
+            the share that may be missed of the last half hour's demand was, held for half an hour
+    beta    += GAIN (misses - (1 - target) outcomes) / (requests of a second): so it settles where the target is met. A
+            miss counts when a request is demoted, or late, not when it ends: overload would hide it
+    desired ceil(need); fewer than there are only with a tenth to spare
+    bound   least and most instances of the model; of a pool of devices each model gets first its least, then one
+            instance after the other goes to where most of the wish is unmet, by value
+    hold    the largest of the last seconds: up at once, down late. HOLD_STARTS times a start, so that it pays back;
+            where the demand fell by no more than independent arrivals vary, QUIET_S: then it will be back
+
+Means to get more, cheapest first: cancel a drain, wake a standby, start with weights from another instance, start from
+disk. Fewer: the youngest that is not ready yet, else the one with the fewest requests drains. docs/policies/scale.md
+has the evidence for the constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import ceil, sqrt
+
+from ..core.demand import Sample
+from ..core.latency import Coefficients
+from ..core.launch import Means
+from .forecast import LEAST_LEVEL, WINDOW_S, Forecast, History, enough, forecast
+
+EVERY_S = 1.0
+"""How often this is asked."""
+FIRST_BETA, LEAST_BETA, MOST_BETA = 0.8, -0.3, 3.0
+"""At constant Poisson load with a TTFT of 1 s, 0.83 keeps 99%; looser promises need less than nothing."""
+GAIN = 0.1
+RATE_S = 60.0
+"""The rate of arrivals fades within this time."""
+SPARE = 1.10
+GUARD = 1.2
+"""Independent arrivals surge by 0.2 to 0.7 roots of the demand within 2 to 60 s, code completion by 0.5 within 2 s and
+by 5 within 60 s."""
+LOST = 3.0
+"""What a fixed fleet cannot serve at once is late, and about a third of that is missed: the rest has time to spare."""
+LEARN_START_S = 4.0
+"""Where starts take longer, nothing goes before MOST_HOLD_S have shown how the demand surges."""
+KV_SHARE = 0.9
+"""Share of the KV cache that can be planned with: blocks are rounded up, and contexts grow."""
+LEAST_HOLD_S, MOST_HOLD_S, HOLD_STARTS = 5.0, 300.0, 2.5
+QUIET_S = 300.0
+QUIET_NOISE = 6.0
+"""A fall within so many standard deviations of independent arrivals says nothing: with 2 the plan turns 30 times an
+hour under Poisson load, with 6 at most 10."""
+IDLE_S = 300.0
+"""Without any request for so long, nothing is needed: surges are not counted with any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelScale:
+    """What a model may have: ``least`` to ``most`` instances, ``standby`` shells besides, each on so many ``devices``.
+    ``start_s`` has the seconds that a start takes by each of the means that there are, until measured; ``latency``
+    where no instance has reported one. ``target`` is the attainment that is wanted, ``value`` what an instance is worth
+    where models compete."""
+
+    model: str
+    least: int = 1
+    most: int = 64
+    standby: int = 0
+    target: float = 0.99
+    devices: int = 1
+    value: float = 1.0
+    start_s: dict[Means, float] = field(default_factory=lambda: {"disk": 60.0})
+    latency: Coefficients | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleConfig:
+    """Models that are scaled by ``policy``, a spec of ``catalog.find_scaler``, on ``devices`` that they share (None: no
+    limit). At most ``max_held`` requests of a model wait for its first instance."""
+
+    models: tuple[ModelScale, ...]
+    devices: int | None = None
+    policy: str = "forecast"
+    max_held: int = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One model at one moment. ``instances`` take work or will, ``ready`` of them do. ``ongoing`` requests are in
+    flight, ``held`` of them wait for an instance; ``queued`` is what waits for its prompt on an instance, on average.
+    ``kv`` is the KV in use, in caches of an instance. ``start_s`` is what the next start takes."""
+
+    now: float
+    sample: Sample
+    instances: int
+    ready: int
+    ongoing: int
+    held: int
+    queued: float
+    kv: float
+    start_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMemory:
+    """What is remembered of one model. ``beta``: the margin; ``rate``: arrivals per second; ``idle_s``: without any
+    request; ``votes``: how many seconds in a row more (positive) or fewer instances were wanted; ``grants``: what
+    ``bound`` gave and when, only what no later one exceeds; ``asked``: what a person wants."""
+
+    history: History = field(default_factory=History)
+    beta: float = FIRST_BETA
+    rate: float = 0.0
+    idle_s: float = 0.0
+    votes: int = 0
+    grants: tuple[tuple[float, int], ...] = ()
+    asked: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """``instances`` that a model should have, not fewer than it was granted within ``hold_s``, or within QUIET_S where
+    it would lose less than ``quiet``. ``prefill`` and ``decode`` are the needs of the two sides."""
+
+    instances: int
+    hold_s: float
+    margin: float
+    forecast: Forecast
+    reason: str
+    prefill: float = 0.0
+    decode: float = 0.0
+    quiet: float = 0.0
+
+
+ScalePolicy = Callable[[Seen, ModelScale, ModelMemory], tuple[Wish, ModelMemory]]
+"""What wants more or fewer: ``desired`` or a baseline."""
+
+
+def desired(seen: Seen, scale: ModelScale, memory: ModelMemory) -> tuple[Wish, ModelMemory]:
+    """HyperFlexis' wish; see the module's rules."""
+    sample = seen.sample
+    ahead, history = forecast(memory.history, sample, seen.start_s)
+    rate = memory.rate + (sample.arrivals - memory.rate) / RATE_S
+    beta = memory.beta
+    if rate > 0.0:
+        beta += GAIN * (sample.misses - (1.0 - scale.target) * sample.outcomes) / max(rate, 1.0 / RATE_S)
+        beta = min(max(beta, LEAST_BETA), MOST_BETA)
+    need = _with_margin(ahead.level, ahead.surge, beta)
+    reason = f"demand {ahead.level:.2f}, surges {ahead.surge:.2f}, margin {beta:.2f}"
+    hold_s = _hold_s(seen.start_s, history.count)
+    if ahead.surge > GUARD * sqrt(max(ahead.usual, LEAST_LEVEL)):
+        hold_s = WINDOW_S
+        need = max(enough(ahead.shares, LOST * (1.0 - scale.target)) + (beta - FIRST_BETA) * sqrt(ahead.usual), 0.0)
+        reason = f"{need:.2f}, held for half an hour: demand surges by {ahead.surge:.2f} within a start"
+    if seen.kv / KV_SHARE > need:
+        need = seen.kv / KV_SHARE
+        reason = f"KV in use fills {seen.kv:.2f} caches"
+    idle_s = 0.0 if sample.arrivals or seen.ongoing else memory.idle_s + EVERY_S
+    if idle_s >= IDLE_S:
+        need, reason = 0.0, f"nothing has come for {idle_s:.0f} s"
+    count = ceil(need - 1e-9)
+    if not count and seen.held:
+        count, reason = 1, f"{seen.held} requests wait"
+    if count < seen.instances:
+        count = min(seen.instances, max(count, ceil(SPARE * need - 1e-9)))
+    memory = replace(memory, history=history, beta=beta, rate=rate, idle_s=idle_s)
+    prefill, decode = (_with_margin(side, ahead.surge, beta) for side in (ahead.prefill, ahead.decode))
+    return Wish(count, hold_s, beta, ahead, reason, prefill, decode, 1.0 + QUIET_NOISE * ahead.noise), memory
+
+
+def _with_margin(level: float, surge: float, beta: float) -> float:
+    return max(level + beta * sqrt(level + surge * surge), 0.0)
+
+
+def _hold_s(start_s: float, seen: int) -> float:
+    if start_s > LEARN_START_S and seen < MOST_HOLD_S:
+        return MOST_HOLD_S  # how it surges is not known yet
+    return max(LEAST_HOLD_S, min(HOLD_STARTS * start_s, MOST_HOLD_S), 2.0 * start_s)
+
+
+def bound(wishes: Mapping[str, int], scale: ScaleConfig) -> dict[str, int]:
+    """What each model gets of what it wishes."""
+    models = [model for model in scale.models if model.model in wishes]
+    wanted = {one.model: min(max(wishes[one.model], one.least), one.most) for one in models}
+    if scale.devices is None or sum(wanted[one.model] * one.devices for one in models) <= scale.devices:
+        return wanted
+    free = scale.devices
+    granted = dict.fromkeys(wanted, 0)
+    for least in (True, False):
+        while True:
+            open_ = [
+                one
+                for one in models
+                if granted[one.model] < (one.least if least else wanted[one.model]) and one.devices <= free
+            ]
+            if not open_:
+                break
+            # Compared by name too, so that ties do not depend on anything else.
+            best = max(open_, key=lambda m: (m.value * (1.0 - granted[m.model] / wanted[m.model]), m.model))
+            granted[best.model] += 1
+            free -= best.devices
+    return granted
+
+
+def hold(
+    now: float,
+    granted: Mapping[str, int],
+    instances: Mapping[str, int],
+    wishes: Mapping[str, Wish],
+    memories: Mapping[str, ModelMemory],
+    scale: ScaleConfig,
+) -> tuple[dict[str, int], dict[str, ModelMemory]]:
+    """The largest grant of each model within its ``hold_s``, of what is left of its ``instances``, as far as the others
+    leave devices for it. What has gone is not held: a longer hold than before brings nothing back."""
+    free = None
+    if scale.devices is not None:
+        free = scale.devices - sum(granted[one.model] * one.devices for one in scale.models if one.model in granted)
+    held, after = {}, {}
+    for one in scale.models:
+        if one.model not in granted:
+            continue
+        count, memory, wish = granted[one.model], memories[one.model], wishes[one.model]
+        past = max((n for t, n in memory.grants if t > now - wish.hold_s), default=0)
+        if instances[one.model] - max(past, count) < wish.quiet:
+            past = max((n for t, n in memory.grants if t > now - max(wish.hold_s, QUIET_S)), default=0)
+        more = max(min(past, one.most, instances[one.model]) - count, 0)
+        if free is not None:
+            more = min(more, max(free, 0) // one.devices)
+            free -= more * one.devices
+        held[one.model] = count + more
+        grants = tuple(
+            (t, n) for t, n in memory.grants if n > count and t > now - max(MOST_HOLD_S, QUIET_S, wish.hold_s)
+        )
+        after[one.model] = replace(memory, grants=(*grants, (now, count)))
+    return held, after
+
+
+def with_override(wish: Wish, asked: int | None) -> Wish:
+    """What a person wants counts instead."""
+    if asked is None:
+        return wish
+    return replace(wish, instances=asked, hold_s=0.0, quiet=0.0, reason=f"{asked} were asked for")
+
+
+def more_prefill(wish: Wish, prefill: float, decode: float) -> bool:
+    """Whether prompts lack more than decodes of what ``prefill`` and ``decode`` instances can do."""
+    return wish.prefill - prefill > wish.decode - decode
+
+
+def shells_to_start(scale: ModelScale, shells: int, free: int | None) -> int:
+    """Shells that are missing and for which there are devices."""
+    missing = max(scale.standby - shells, 0)
+    return missing if free is None else min(missing, max(free, 0) // scale.devices)
+
+
+def best_means(scale: ModelScale, start_s: Mapping[Means, float], shells: int, ready: int) -> Means:
+    """How the next instance is started the soonest: a shell is there, another instance can give its weights, else from
+    disk."""
+    can: Sequence[Means] = [
+        means for means in start_s if means == "disk" or (means == "standby" and shells) or (means == "d2d" and ready)
+    ]
+    return min(can, key=lambda means: start_s[means]) if can else "disk"

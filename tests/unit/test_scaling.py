@@ -1,0 +1,239 @@
+"""The controller starts and ends instances: by which means, how drains go, what waits, what is learnt."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from tests.unit.test_controller import MODEL as LATENCY
+from tests.unit.test_controller import info, report, request
+
+from hyperflexis.controller import Controller, ControllerConfig
+from hyperflexis.core.effects import Dispatch, Drain, Effect, Handoff, Launch, Planned, Reject, StopInstance
+from hyperflexis.core.events import (
+    DrainAsked,
+    GatewayJoined,
+    InstanceJoined,
+    InstanceReported,
+    LaunchFailed,
+    LaunchProgressed,
+    OpenRequest,
+    RequestArrived,
+    RequestFinished,
+    ScaleAsked,
+    Tick,
+)
+from hyperflexis.core.instance import InstanceState, RequestProgress
+from hyperflexis.core.request import Request
+from hyperflexis.errors import ConfigError
+from hyperflexis.policy.scale import ModelScale, ScaleConfig
+
+
+def fleet(instances: int = 2, policy: str = "forecast", devices: int | None = None, **limits: object) -> Controller:
+    limits = {"start_s": {"disk": 10.0, "d2d": 4.0, "standby": 1.0}, "latency": LATENCY} | limits
+    scale = ScaleConfig((ModelScale("m", **limits),), devices, policy, max_held=3)  # type: ignore[arg-type]
+    made = Controller(ControllerConfig(("m",), scale=scale))
+    for i in range(instances):
+        made.handle(InstanceJoined(info(f"i{i}", kv_address=f"unix:kv{i}", kv_bytes_per_token=1)), 0.0)
+    return made
+
+
+def of(kind: type, effects: list[Effect]) -> list[Effect]:
+    return [effect for effect in effects if isinstance(effect, kind)]
+
+
+def tick(c: Controller, *seconds: float) -> list[Effect]:
+    return [effect for now in seconds for effect in c.handle(Tick(), now)]
+
+
+def bound_to(c: Controller, instance: str, id: str, output_tokens: int = 0, **changes: object) -> Request:
+    """A request that runs on ``instance``."""
+    asked = replace(request(id), **changes)  # type: ignore[arg-type]
+    c.handle(GatewayJoined(f"g{id}", (OpenRequest(asked, 0.0, instance, 1, output_tokens),)), 0.0)
+    return asked
+
+
+def test_a_plan_is_made_once_a_second_and_says_why():
+    c = fleet(policy="fixed@2")
+    effects = tick(c, 1.0, 1.25, 1.5, 2.0)
+    plans = of(Planned, effects)
+    assert [plan.held for plan in plans] == [2, 2]
+    assert plans[0].reason == "always 2"
+
+
+def test_new_instances_get_their_weights_from_others_where_that_is_quicker():
+    c = fleet(policy="fixed@3")
+    (launch,) = of(Launch, tick(c, 1.0))
+    assert (launch.means, launch.shell, launch.prefill_share) == ("d2d", False, None)
+    assert not of(Launch, tick(c, 2.0)), "it is on its way"
+    none = fleet(0, policy="fixed@1")
+    (launch,) = of(Launch, tick(none, 1.0))
+    assert launch.means == "disk", "nobody has the weights"
+
+
+def test_what_a_start_took_is_learnt_and_is_the_horizon():
+    c = fleet(policy="fixed@3")
+    (launch,) = of(Launch, tick(c, 1.0))
+    c.handle(LaunchProgressed(launch.instance, "process", 3.0, InstanceState.LOADING), 4.0)
+    assert c.cluster.launches[launch.instance].state is InstanceState.LOADING
+    c.handle(InstanceJoined(info(launch.instance)), 9.0)
+    assert not c.cluster.launches
+    (plan,) = of(Planned, tick(c, 10.0))
+    assert plan.horizon_s == 8.0 and plan.instances == 3
+
+
+def test_a_launch_that_fails_is_tried_again_at_once_then_later_and_elsewhere():
+    c = fleet(policy="fixed@3")
+    (first,) = of(Launch, tick(c, 1.0))
+    c.handle(LaunchFailed(first.instance, "no memory", "node-1"), 2.0)
+    (second,) = of(Launch, tick(c, 2.1))
+    assert second.instance != first.instance and second.avoid == ("node-1",)
+    c.handle(LaunchFailed(second.instance, "no memory", "node-2"), 3.0)
+    assert not of(Launch, tick(c, 3.2, 4.2))
+    (third,) = of(Launch, tick(c, 5.3))
+    assert third.avoid == ("node-1", "node-2")
+    c.handle(LaunchFailed("unknown", "x"), 6.0)
+
+
+def test_a_launch_that_never_comes_up_is_given_up_and_replaced():
+    c = fleet(policy="fixed@3")
+    (first,) = of(Launch, tick(c, 1.0))
+    effects = tick(c, 20.0, 40.0, 60.0)
+    assert [stop.instance for stop in of(StopInstance, effects)] == [first.instance]
+    (second,) = of(Launch, effects)
+    assert second.instance != first.instance
+
+
+def test_fewer_stops_the_youngest_that_is_not_ready_then_drains_the_one_with_the_least():
+    c = fleet(3)
+    bound_to(c, "i0", "a", 1)
+    bound_to(c, "i2", "b", 1)
+    c.handle(ScaleAsked("m", 5), 0.5)
+    first, second = of(Launch, tick(c, 1.0))
+    c.handle(ScaleAsked("m", 2), 1.5)
+    effects = tick(c, 2.0)
+    assert {stop.instance for stop in of(StopInstance, effects)} == {first.instance, second.instance}
+    assert [drain.instance for drain in of(Drain, effects)] == ["i1"]
+
+
+def test_a_drained_instance_is_stopped_when_it_is_empty_at_two_looks():
+    c = fleet(2)
+    asked = bound_to(c, "i0", "a", 1)
+    bound_to(c, "i1", "b", 1)
+    bound_to(c, "i1", "c", 1)
+    c.handle(ScaleAsked("m", 1), 0.5)
+    assert [drain.instance for drain in of(Drain, tick(c, 1.0))] == ["i0"]
+    assert not of(StopInstance, tick(c, 2.0, 3.0)), "a request runs there"
+    c.handle(RequestFinished(asked.id, "finished", 10, 0.1, 3.0), 3.5)
+    assert not of(StopInstance, tick(c, 4.0))
+    (stop,) = of(StopInstance, tick(c, 5.0))
+    assert stop.instance == "i0" and "i0" not in c.cluster.instances
+
+
+def test_what_would_run_long_on_a_drained_instance_goes_on_elsewhere():
+    c = fleet(2)
+    bound_to(c, "i0", "short", 99, max_output_tokens=100)
+    bound_to(c, "i1", "other", 1)
+    bound_to(c, "i1", "another", 1)
+    long = bound_to(c, "i0", "long", 1, max_output_tokens=2000)
+    c.cluster.requests[long.id].expected_output_tokens = 2000.0
+    bound_to(c, "i1", "third", 1)
+    c.handle(ScaleAsked("m", 1), 0.5)
+    effects = tick(c, 1.0)
+    assert [drain.instance for drain in of(Drain, effects)] == ["i0"]
+    assert [handoff.request_id for handoff in of(Handoff, effects)] == ["long"]
+
+
+def test_a_drain_is_cancelled_before_anything_is_launched():
+    c = fleet(2)
+    for name in "ab":
+        bound_to(c, "i0", f"x{name}", 1)
+        bound_to(c, "i1", f"y{name}", 1)
+    c.handle(ScaleAsked("m", 1), 0.5)
+    (drain,) = of(Drain, tick(c, 1.0))
+    c.handle(ScaleAsked("m", 3), 1.5)
+    effects = tick(c, 2.0)
+    assert [(back.instance, back.on) for back in of(Drain, effects)] == [(drain.instance, False)]
+    assert len(of(Launch, effects)) == 1
+    assert c.cluster.instances[drain.instance].state is InstanceState.READY
+
+
+def test_whom_a_person_drains_neither_counts_nor_is_brought_back():
+    c = fleet(2, policy="fixed@2")
+    bound_to(c, "i0", "a", 1)
+    c.handle(DrainAsked("i0", None), 0.5)
+    effects = tick(c, 1.0, 2.0, 3.0)
+    assert len(of(Launch, effects)) == 1
+    assert not of(Drain, effects) and not of(StopInstance, effects)
+
+
+def test_shells_wait_are_woken_and_replaced():
+    c = fleet(1, standby=1, policy="fixed@1")
+    (shell,) = of(Launch, tick(c, 1.0))
+    assert shell.shell
+    c.handle(LaunchProgressed(shell.instance, "warm_up", 1.0, InstanceState.STANDBY), 5.0)
+    assert not of(StopInstance, tick(c, 500.0)), "a shell waits as long as it is wanted to"
+    c.handle(ScaleAsked("m", 2), 500.5)
+    woken, another = of(Launch, tick(c, 501.0))
+    assert (woken.instance, woken.means, woken.shell) == (shell.instance, "standby", False)
+    assert another.shell and another.instance != shell.instance
+
+
+def test_a_pool_is_never_overdrawn_not_even_by_what_drains():
+    c = fleet(2, devices=3, standby=1)
+    bound_to(c, "i0", "a", 1)
+    c.handle(ScaleAsked("m", 9), 0.5)
+    effects = tick(c, 1.0, 2.0, 3.0)
+    assert len(of(Launch, effects)) == 1
+    assert of(Planned, effects)[-1].held == 3
+
+
+def test_requests_wait_for_the_first_instance_within_bounds():
+    c = fleet(0, least=0)
+    effects = [c.handle(RequestArrived(request(f"r{k}"), "g", 0.0), 0.1) for k in range(4)]
+    assert effects[:3] == [[], [], []]
+    (refused,) = effects[3]
+    assert isinstance(refused, Reject) and refused.reason == "overloaded"
+    launch = of(Launch, tick(c, 1.0))[0]
+    sent = c.handle(InstanceJoined(info(launch.instance)), 11.0)
+    assert [effect.request_id for effect in of(Dispatch, sent)] == ["r0", "r1", "r2"]
+
+
+def test_a_miss_counts_when_a_request_is_demoted_and_not_again():
+    c = fleet(1, most=1)
+    for k in range(40):
+        c.handle(RequestArrived(request(f"r{k}", prompt=4000, ttft_s=0.5), "g", 0.0), 0.1)
+    tally = c.cluster.tallies["m"]
+    missed = tally.misses
+    assert 30 <= missed < 40 and tally.arrivals == 40
+    tick(c, 1.0)
+    assert c.cluster.tallies["m"].misses == 0
+    c.handle(RequestFinished("r39", "finished", 5, 9.0, 9.5), 9.6)
+    assert (tally.outcomes, tally.misses) == (1, 0), "it was counted before"
+    first = next(tracked for tracked in c.cluster.requests.values() if tracked.counted_missed)
+    c.handle(RequestFinished(first.request.id, "finished", 5, 0.1, 0.2), 9.7)
+    assert tally.misses == -1, "against expectation it was kept"
+
+
+def test_a_controller_that_starts_anew_keeps_what_is_there():
+    c = fleet(6)
+    for k in range(60):
+        bound_to(c, f"i{k % 6}", f"r{k}", 1, max_output_tokens=4000)
+    effects = tick(c, *(float(t) for t in range(1, 6)))
+    assert not of(Drain, effects)
+    assert of(Planned, effects)[-1].demand > 0.0
+
+
+def test_an_instance_keeps_taking_work_while_the_fleet_is_as_it_should_be():
+    c = fleet(2, policy="fixed@2")
+    sent = c.handle(RequestArrived(request("r"), "g", 0.0), 0.1)
+    assert isinstance(sent[0], Dispatch)
+    c.handle(InstanceReported(report(sent[0].instance, [RequestProgress("r", 500, 3)])), 0.3)
+    effects = tick(c, 1.0, 2.0)
+    assert not of(Launch, effects) and not of(Drain, effects) and not of(StopInstance, effects)
+
+
+@pytest.mark.parametrize("spec", ["nothing", "rate@x", "rate@-1", "fixed", "fixed@1,2"])
+def test_a_scaler_that_there_is_not_is_refused(spec):
+    with pytest.raises(ConfigError, match="scaler"):
+        Controller(ControllerConfig(("m",), scale=ScaleConfig((ModelScale("m"),), policy=spec)))
