@@ -138,9 +138,7 @@ def main() -> None:
     for n, row in rows.items():
         print(f"{n:>10} " + " ".join(f"{value:>{9 if 'p50' in key else 8}.0f}" for key, value in row.items()))
     look = measure_scaler(256, 50, 200, args.seed)
-    print(
-        f"scaler at 256 instances, CPU: p50 {look['cpu_p50_ms']:.1f} ms, p99 {look['cpu_p99_ms']:.1f} ms"
-    )
+    print(f"scaler at 256 instances, CPU: p50 {look['cpu_p50_ms']:.1f} ms, p99 {look['cpu_p99_ms']:.1f} ms")
     found = {**environment(args.seed), "waiting": args.waiting, "instances": rows, "scaler_at_256": look}
     write_results(args.json, found)
 
