@@ -107,8 +107,8 @@ class SimResult:
     run: Run
     counters: SimCounters
     timeline: tuple[Sample, ...]
-    accelerator_s: float
-    sizes: tuple[tuple[float, int], ...]
+    accelerator_s: float = 0.0
+    sizes: tuple[tuple[float, int], ...] = ()
 
 
 class KnownLengths(LengthModel):
