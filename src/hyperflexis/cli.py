@@ -87,6 +87,16 @@ def _instance_arguments(parser: argparse.ArgumentParser) -> None:
         help="unix:PATH or HOST:PORT for other instances that go on with a request's KV (default: none)",
     )
     add(
+        "--weights-listen",
+        metavar="ADDRESS",
+        help="the same for other instances that start with its weights (torch; default: none)",
+    )
+    add(
+        "--standby",
+        action="store_true",
+        help="be ready but for the weights, and wait for the controller to say where to get them",
+    )
+    add(
         "--label",
         action="append",
         default=[],
