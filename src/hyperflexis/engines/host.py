@@ -387,6 +387,7 @@ class InstanceHost:
         elif isinstance(message, LoadWeights):
             # A second one, while the first is under way or after it has succeeded, says nothing new.
             if message.epoch == self._identity.epoch and self._state is InstanceState.STANDBY:
+                self._move(InstanceState.LOADING)
                 self._loading = asyncio.create_task(self._load(message))
         elif isinstance(message, SetSendRate):
             if message.epoch == self._identity.epoch:
@@ -397,7 +398,6 @@ class InstanceHost:
     async def _load(self, order: LoadWeights) -> None:
         """From standby to ready, or back."""
         me = self._identity
-        self._move(InstanceState.LOADING)
         loaded = await self.engine.load(order)
         for attempt in loaded.attempts:
             if attempt.problem:
