@@ -81,6 +81,13 @@ class Fetcher:
                     break
         return attempts
 
+    def attach(self, source: WeightSource) -> arena.Mapped | None:
+        """The memory of a complete source on this host, to be used where it is; None when it cannot be mapped. Nothing
+        is copied and nothing digested. Raises what is in BROKEN."""
+        with self._connected(source) as channel:
+            self._expect(channel)
+            return self._map(channel)
+
     def cancel(self) -> None:
         """``run`` ends soon."""
         with self._lock:
