@@ -32,8 +32,8 @@ from hyperflexis.transfer.fetch import FetchConfig
 from hyperflexis.transfer_bench import bench, parse_size, recipe_for
 
 CLOUD_BYTES_PER_S = 1.0e9
-"""A gp3 volume of AWS EBS gives at most 1,000 MiB/s until 2025 and 2,000 since; the default is 125 MiB/s
-(docs.aws.amazon.com, "General Purpose SSD volumes")."""
+"""What a gp3 volume of Amazon EBS gives at most, in round numbers: 1,000 MiB/s
+(docs.aws.amazon.com/prescriptive-guidance/latest/sql-server-ec2-ha-dr/ebs-storage-types.html)."""
 WANTED_CHAIN, WANTED_KILLED = 1.25, 1.5
 CGROUP = Path("/sys/fs/cgroup/blkio")
 SUBNET = "10.99.0"

@@ -122,8 +122,8 @@ def make_model(directory: Path, recipe: Recipe) -> bool:
     # Built beside its place and moved there whole: an interrupted run leaves no half model under the name.
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         _write_tokenizer(partial, vocab, recipe.context)
         _write_configs(partial, recipe, size, vocab)
         _write_weights(partial, recipe, size, vocab)
@@ -131,6 +131,8 @@ def make_model(directory: Path, recipe: Recipe) -> bool:
         if directory.exists():
             directory.rmdir()
         partial.rename(directory)
+    except OSError as error:
+        raise HyperFlexisError(f"{directory} cannot be written ({error}); is the disk full?") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return True

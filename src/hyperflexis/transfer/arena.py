@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import mmap
 import os
 
@@ -80,6 +81,9 @@ def _prefault(memory: mmap.mmap) -> None:
             memory.madvise(mmap.MADV_HUGEPAGE)
     try:
         memory.madvise(_POPULATE_WRITE)
-    except OSError:  # an older kernel, or another system: one byte of each page does it too
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        # An older kernel, or another system: one byte of each page does it too.
         for at in range(0, len(memory), mmap.PAGESIZE):
             memory[at] = 0

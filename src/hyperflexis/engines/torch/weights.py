@@ -205,8 +205,9 @@ def _fill(stored: _Stored, into: Tensor, first: int | None, buffers: SimpleQueue
             if first is None:
                 into[row : row + count].copy_(piece)
                 continue
-            for at in range(0, count, STRIP):
-                strip = piece[at : at + STRIP]
+            width = STRIP if into.device.type == "cpu" else count
+            for at in range(0, count, width):
+                strip = piece[at : at + width]
                 begin = first + row + at
                 into[..., begin : begin + strip.shape[0]].copy_(strip.t())
     finally:
