@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import msgspec
 
@@ -30,6 +31,9 @@ from .weights import VERSION, Alive, Come, Describe, Described, Fetch, Map, MapA
 
 SILENCE_S = 3.0
 """A source that says nothing for so long is taken for dead: three of its signs of life were due."""
+PATIENCE_S = 10.0
+"""One that lives and has nothing new for so long is left for the next: its own sources have left it, or nobody told it
+to load."""
 SOCKETS = 2
 """Connections to one source. One thread receives and digests at about the rate at which one socket is filled; a second
 takes the other's turns."""
@@ -37,8 +41,10 @@ CHUNK = 16 << 20
 _log = logging.getLogger(__name__)
 
 _DESCRIBED: msgspec.msgpack.Decoder[Described | Gone | Alive] = msgspec.msgpack.Decoder(Described | Gone | Alive)
-_MAPPED: msgspec.msgpack.Decoder[MapAnswer | Gone] = msgspec.msgpack.Decoder(MapAnswer | Gone)
+_MAPPED: msgspec.msgpack.Decoder[MapAnswer | Gone | Alive] = msgspec.msgpack.Decoder(MapAnswer | Gone | Alive)
 _NEWS: msgspec.msgpack.Decoder[Come | Gone | Alive] = msgspec.msgpack.Decoder(Come | Gone | Alive)
+
+T = TypeVar("T", Described, MapAnswer, Come)
 
 BROKEN = (OSError, ValueError, ProtocolError, Refusal, msgspec.DecodeError)
 """What may go wrong with a source."""
@@ -54,6 +60,7 @@ class FetchConfig:
     chunk_bytes: int = CHUNK
     sockets: int = SOCKETS
     silence_s: float = SILENCE_S
+    patience_s: float = PATIENCE_S
     share: bool = True
 
 
@@ -101,6 +108,8 @@ class Fetcher:
         problem = ""
         try:
             self._from(source)
+        except BlockingIOError:
+            problem = f"it said nothing for {self._config.silence_s:g} s"
         except BROKEN as error:
             problem = str(error) or type(error).__name__
         return Attempt(path, source.instance, before - self._shard.bytes_missing(), time.monotonic() - began, problem)
@@ -132,6 +141,8 @@ class Fetcher:
                     thread.join()
             if problems:
                 raise problems[0]
+            if not self._shard.is_complete:
+                raise ProtocolError("something that was asked for did not come")
 
     @contextlib.contextmanager
     def _connected(self, source: WeightSource) -> Iterator[SocketChannel]:
@@ -155,22 +166,29 @@ class Fetcher:
     def _expect(self, channel: SocketChannel) -> None:
         """Hear which weights they are. Raises Refusal when they are not wanted."""
         channel.send(encode(Describe()))
-        answer: Described | Gone | Alive = Alive()
-        while isinstance(answer, Alive):
-            answer = channel.receive(lambda frame: _DESCRIBED.decode(frame.header))
-        if isinstance(answer, Gone):
-            raise Refusal(answer.reason)
+        answer = self._hear(channel, _DESCRIBED)
         wanted, found = self._config.digest, answer.manifest.digest
         if wanted and wanted != found:
             raise Refusal(f"its weights have digest {found}, and {wanted} are wanted")
         self._shard.expect(answer.manifest)
 
+    def _hear(self, channel: SocketChannel, decoder: msgspec.msgpack.Decoder[T | Gone | Alive]) -> T:
+        """What the source says next, besides that it lives. Raises Refusal when it has nothing more, or nothing new for
+        too long."""
+        until = time.monotonic() + self._config.patience_s
+        while True:
+            news = channel.receive(lambda frame: decoder.decode(frame.header))
+            if isinstance(news, Gone):
+                raise Refusal(news.reason)
+            if not isinstance(news, Alive):
+                return news
+            if time.monotonic() > until:
+                raise Refusal(f"it has had nothing new for {self._config.patience_s:g} s")
+
     def _map(self, channel: SocketChannel) -> arena.Mapped | None:
         """The source's memory; None when it does not share it, or it cannot be mapped here."""
         channel.send(encode(Map()))
-        answer = channel.receive(lambda frame: _MAPPED.decode(frame.header))
-        if isinstance(answer, Gone):
-            raise Refusal(answer.reason)
+        answer = self._hear(channel, _MAPPED)
         if not answer.size:
             return None
         data, descriptors, _, _ = socket.recv_fds(channel.sock, 1, 1)
@@ -188,17 +206,11 @@ class Fetcher:
         for chunk in lane:
             at = chunk.start
             while at < chunk.stop:
-                news = channel.receive(lambda frame: _NEWS.decode(frame.header))
-                match news:
-                    case Gone(reason):
-                        raise Refusal(reason)
-                    case Alive():
-                        continue
-                    case Come(first, end):
-                        if first != at or not first < end <= chunk.stop:
-                            raise ProtocolError(f"blocks {first} to {end} came, not {at} to {chunk.stop}")
-                        self._place(channel, range(first, end), mapped)
-                        at = end
+                come = self._hear(channel, _NEWS)
+                if come.first != at or not at < come.end <= chunk.stop:
+                    raise ProtocolError(f"blocks {come.first} to {come.end} came, not {at} to {chunk.stop}")
+                self._place(channel, range(at, come.end), mapped)
+                at = come.end
 
     def _place(self, channel: SocketChannel, blocks: range, mapped: arena.Mapped | None) -> None:
         """Bring blocks to where they are to be, with the gaps between their tensors. Each is looked at while the core

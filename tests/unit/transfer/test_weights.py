@@ -129,7 +129,16 @@ def test_a_source_that_falls_silent_is_given_up(tmp_path: Path) -> None:
         attempts = fetched(target, silent, at, silence_s=0.2)
     deaf.close()
     assert [bool(one.problem) for one in attempts] == [True, False]
-    assert attempts[0].seconds < 2.0
+    assert attempts[0].seconds < 2.0 and attempts[0].problem == "it said nothing for 0.2 s"
+
+
+def test_one_that_lives_and_has_nothing_is_left_for_one_that_has() -> None:
+    """As a standby that nobody told to load."""
+    target = empty()
+    with served(empty(), "127.0.0.1:0") as idle, served(full(), "127.0.0.1:0", "other") as other:
+        attempts = fetched(target, idle, other, patience_s=0.5)
+    assert attempts[0].problem == "it has had nothing new for 0.5 s" and not attempts[1].problem
+    assert target.is_complete
 
 
 def test_nobody_there_is_told_at_once() -> None:
