@@ -18,6 +18,7 @@ examples:
   hyperflexis make-model models/tiny --size 20m        a small random model, made here, to try things with
   hyperflexis serve examples/quickstart.yaml           two engines behind one gateway
   hyperflexis bench examples/demo.yaml --url http://127.0.0.1:8080
+  hyperflexis transfer bench --size 1GiB               how fast an instance starts here, on each way
   hyperflexis demo                                     HyperFlexis against round robin, with a report
   hyperflexis simulate examples/mixed.yaml --profile h100-llama-3.1-8b --instances 4 --loads 0.6:1.4:0.2 --report out
 """
@@ -85,6 +86,16 @@ def _instance_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-listen",
         metavar="ADDRESS",
         help="unix:PATH or HOST:PORT for other instances that go on with a request's KV (default: none)",
+    )
+    add(
+        "--weights-listen",
+        metavar="ADDRESS",
+        help="the same for other instances that start with its weights (torch; default: none)",
+    )
+    add(
+        "--standby",
+        action="store_true",
+        help="be ready but for the weights, and wait for the controller to say where to get them",
     )
     add(
         "--label",
@@ -209,6 +220,18 @@ def _simulate(args: argparse.Namespace) -> int:
     return simulate.main(args)
 
 
+def _transfer_arguments(parser: argparse.ArgumentParser) -> None:
+    from . import transfer_bench
+
+    transfer_bench.add_arguments(parser)
+
+
+def _transfer(args: argparse.Namespace) -> int:
+    from . import transfer_bench
+
+    return transfer_bench.main(args)
+
+
 def _no_arguments(parser: argparse.ArgumentParser) -> None:
     pass
 
@@ -240,6 +263,7 @@ COMMANDS: dict[str, Command] = {
         _simulate_arguments,
         _simulate,
     ),
+    "transfer": Command("measure how fast a new instance has its weights", _transfer_arguments, _transfer),
     "version": Command("print the version", _no_arguments, _version),
     "config-docs": Command("", _no_arguments, _config_docs),
     "_controller": Command("", _controller_arguments, _controller),

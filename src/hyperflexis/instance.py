@@ -28,8 +28,8 @@ TOKEN_VARIABLE = "HYPERFLEXIS_KV_TOKEN"
 async def run(args: argparse.Namespace) -> None:
     """Host the engine that the arguments describe until SIGTERM. Raises HyperFlexisError for what does not fit."""
     identity = InstanceIdentity(args.id, args.epoch, labels=labels(args.label))
-    engine = build(args, kv_token(args.kv_listen))
-    await run_instance(engine, identity, args.listen, args.controller)
+    engine = build(args, fleet_token(kv_listen=args.kv_listen, weights_listen=args.weights_listen))
+    await run_instance(engine, identity, args.listen, args.controller, standby=args.standby)
 
 
 def labels(given: Sequence[str]) -> dict[str, str]:
@@ -43,19 +43,24 @@ def labels(given: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def kv_token(kv_listen: str | None) -> str:
-    """The word that instances must know to get KV from each other. Raises HyperFlexisError where anybody could."""
+def fleet_token(**listen: str | None) -> str:
+    """The word that instances must know to get KV or weights from each other. Raises HyperFlexisError where anybody
+    could. ``listen``: the addresses at which they are to be had, by their flags."""
     token = os.environ.get(TOKEN_VARIABLE, "")
-    if kv_listen is not None and not kv_listen.startswith("unix:") and not token:
-        raise HyperFlexisError(
-            f"--kv-listen {kv_listen} would give requests' KV to anybody: set {TOKEN_VARIABLE}, the same for all "
-            "instances of the fleet, or listen at unix:PATH"
-        )
+    for name, address in listen.items():
+        if address is not None and not address.startswith("unix:") and not token:
+            what = "requests' KV" if name == "kv_listen" else "the model's weights"
+            raise HyperFlexisError(
+                f"--{name.replace('_', '-')} {address} would give {what} to anybody: set {TOKEN_VARIABLE}, the same "
+                "for all instances of the fleet, or listen at unix:PATH"
+            )
     return token
 
 
 def build(args: argparse.Namespace, token: str) -> base.Engine:
-    """The engine, not yet started. It gives KV to those that know the fleet's ``token``."""
+    """The engine, not yet started. It gives KV and weights to those that know the fleet's ``token``."""
+    if args.weights_listen is not None and args.engine != "torch":
+        raise HyperFlexisError("--weights-listen is for the engine that has weights to give: torch")
     step = STEPS[args.step]
     match _options(args):
         case TorchArgs() as options:
@@ -95,7 +100,15 @@ def _torch(args: argparse.Namespace, options: TorchArgs, step: StepFunctions, to
     name = args.name or directory.resolve().name
     values = options.model_dump()
     return TorchEngine(
-        TorchConfig(model=name, directory=directory, step=step, kv_listen=args.kv_listen, kv_token=token, **values)
+        TorchConfig(
+            model=name,
+            directory=directory,
+            step=step,
+            kv_listen=args.kv_listen,
+            kv_token=token,
+            weights_listen=args.weights_listen,
+            **values,
+        )
     )
 
 

@@ -11,7 +11,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -51,6 +51,8 @@ SIZES = {
     "1m": Size(hidden=128, layers=4, heads=4, kv_heads=2, head_dim=32, inner=256, vocab=1024),
     "20m": Size(hidden=384, layers=8, heads=8, kv_heads=2, head_dim=64, inner=1024, vocab=8192),
     "100m": Size(hidden=768, layers=12, heads=12, kv_heads=3, head_dim=64, inner=2048, vocab=16384),
+    "270m": Size(hidden=1024, layers=21, heads=16, kv_heads=4, head_dim=64, inner=2816, vocab=16384),
+    "1b": Size(hidden=2048, layers=23, heads=32, kv_heads=8, head_dim=64, inner=5632, vocab=16384),
 }
 
 
@@ -65,6 +67,7 @@ class Recipe:
     context: int = 8192
     dtype: str = "float32"
     shards: int = 1
+    layers: int | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,12 +80,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocab", type=int, metavar="N", help=f"tokens, a multiple of {ALIGN}")
     parser.add_argument("--context", type=int, default=default.context, metavar="N", help="default: %(default)s tokens")
     parser.add_argument("--dtype", choices=DTYPES, default=default.dtype, help="default: %(default)s")
+    parser.add_argument("--layers", type=int, metavar="N", help="default: the size's own")
     parser.add_argument("--shards", type=int, default=default.shards, metavar="N", help="weight files (default: 1)")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the command; raises HyperFlexisError for what the user has to change."""
-    recipe = Recipe(args.size, args.family, args.seed, args.vocab, args.context, args.dtype, args.shards)
+    recipe = Recipe(args.size, args.family, args.seed, args.vocab, args.context, args.dtype, args.shards, args.layers)
     directory: Path = args.directory
     if make_model(directory, recipe):
         print(
@@ -98,14 +102,17 @@ def make_model(directory: Path, recipe: Recipe) -> bool:
 
     Raises HyperFlexisError for a directory that holds something else, and for values out of range.
     """
-    size, vocab = SIZES[recipe.size], _vocab(recipe)
+    size, vocab = _size(recipe), _vocab(recipe)
     if recipe.context < 16:
         raise HyperFlexisError(f"--context {recipe.context} is too short; give at least 16")
     if not 1 <= recipe.shards <= size.layers:
         raise HyperFlexisError(f"--shards {recipe.shards} is out of range; give 1 to {size.layers}")
     if recipe.seed < 0:
         raise HyperFlexisError(f"--seed {recipe.seed} is negative; give 0 or more")
-    mark = json.dumps({"recipe": {name: getattr(recipe, name) for name in Recipe.__slots__}, "format": 1}, indent=1)
+    fields = {name: getattr(recipe, name) for name in Recipe.__slots__}
+    if recipe.layers is None:
+        del fields["layers"]  # models were made before there was a choice
+    mark = json.dumps({"recipe": fields, "format": 1}, indent=1)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         found = directory / MARK
         if found.is_file() and found.read_text() == mark:
@@ -115,8 +122,8 @@ def make_model(directory: Path, recipe: Recipe) -> bool:
     # Built beside its place and moved there whole: an interrupted run leaves no half model under the name.
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         _write_tokenizer(partial, vocab, recipe.context)
         _write_configs(partial, recipe, size, vocab)
         _write_weights(partial, recipe, size, vocab)
@@ -124,9 +131,26 @@ def make_model(directory: Path, recipe: Recipe) -> bool:
         if directory.exists():
             directory.rmdir()
         partial.rename(directory)
+    except OSError as error:
+        raise HyperFlexisError(f"{directory} cannot be written ({error}); is the disk full?") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return True
+
+
+def num_bytes(recipe: Recipe) -> int:
+    """Of a model's weights. Raises HyperFlexisError for values out of range."""
+    groups = _shapes(recipe.family, _size(recipe), _vocab(recipe))
+    return sum(prod(shape) for group in groups for shape in group.values()) * DTYPES[recipe.dtype][1]
+
+
+def _size(recipe: Recipe) -> Size:
+    size = SIZES[recipe.size]
+    if recipe.layers is None:
+        return size
+    if recipe.layers < 1:
+        raise HyperFlexisError(f"--layers {recipe.layers} is too few; give 1 or more")
+    return replace(size, layers=recipe.layers)
 
 
 def _vocab(recipe: Recipe) -> int:

@@ -11,7 +11,8 @@ Who talks to whom:
     instance   -> controller   InstanceJoined, InstanceReported, InstanceDraining, InstanceLinked, PrefillEnding
     operator   -> controller   DrainAsked
     controller -> operator     Fleet
-    controller -> instance     Drain, SetRole, SetLinks
+    instance   -> controller   InstanceStandby, WeightsLoaded
+    controller -> instance     Drain, SetRole, SetLinks, LoadWeights, SetSendRate
     gateway    -> instance     Generate, Cancel
     instance   -> gateway      Output
 
@@ -29,7 +30,7 @@ from typing import Any, Protocol, cast
 
 import msgspec
 
-from .core import effects, events
+from .core import effects, events, weights
 from .core.instance import InstanceReport
 from .core.links import KvSource
 from .errors import ProtocolError
@@ -175,6 +176,10 @@ MESSAGES: tuple[type, ...] = (
     effects.SetRole,
     effects.SetLinks,
     events.InstanceLinked,
+    weights.InstanceStandby,
+    weights.WeightsLoaded,
+    weights.LoadWeights,
+    weights.SetSendRate,
 )
 _CODE = {kind: code for code, kind in enumerate(MESSAGES)}
 _DECODERS: tuple[msgspec.msgpack.Decoder[Any], ...] = tuple(msgspec.msgpack.Decoder(kind) for kind in MESSAGES)

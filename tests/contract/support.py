@@ -116,10 +116,10 @@ class Driver:
 
 
 @asynccontextmanager
-async def driven(engine: Engine, name: str = "") -> AsyncIterator[Driver]:
+async def driven(engine: Engine, name: str = "", standby: bool = False) -> AsyncIterator[Driver]:
     """A started engine; it is epoch 1 of instance ``name``."""
     driver = Driver(engine)
-    driver.info = await engine.start(driver.sink, lambda *ending: driver.ending(*ending), name, 1)
+    driver.info = await engine.start(driver.sink, lambda *ending: driver.ending(*ending), name, 1, standby=standby)
     try:
         yield driver
     finally:

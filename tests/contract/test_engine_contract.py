@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 from tests.contract.openai_server import OpenAIServer
 from tests.contract.support import CONTEXT, LIMIT_S, Driver, driven, emulated
 
+from hyperflexis.core.weights import LoadWeights
 from hyperflexis.engines.base import Engine
 from hyperflexis.engines.openai import OpenAIConfig, OpenAIEngine
 from hyperflexis.policy.catalog import STEPS
@@ -25,9 +27,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(params=["emulated", "emulated-first-come", "openai", "openai-token-ids", "torch"])
-async def driver(request: pytest.FixtureRequest) -> AsyncIterator[Driver]:
-    name: str = request.param
+ENGINES = ["emulated", "emulated-first-come", "openai", "openai-token-ids", "torch"]
+
+
+@asynccontextmanager
+async def started(name: str, request: pytest.FixtureRequest, standby: bool = False) -> AsyncIterator[Driver]:
     server: OpenAIServer | None = None
     engine: Engine
     if name.startswith("emulated"):
@@ -42,10 +46,29 @@ async def driver(request: pytest.FixtureRequest) -> AsyncIterator[Driver]:
         engine = TorchEngine(
             TorchConfig("m", directory, STEPS["hyperflexis"], kv_tokens=2048, context_length=CONTEXT, max_batch=8)
         )
-    async with driven(engine) as one:
+    async with driven(engine, standby=standby) as one:
         yield one
     if server is not None:
         await server.stop()
+
+
+@pytest.fixture(params=ENGINES)
+async def driver(request: pytest.FixtureRequest) -> AsyncIterator[Driver]:
+    async with started(request.param, request) as one:
+        yield one
+
+
+@pytest.mark.parametrize("name", ["emulated", "openai", "torch"])
+async def test_a_standby_refuses_until_it_was_told_to_load(name: str, request: pytest.FixtureRequest) -> None:
+    async with started(name, request, standby=True) as one:
+        assert one.info is not None and one.info.context_length == CONTEXT
+        refused = await one.run([1, 2, 3])
+        assert refused.end is not None and refused.end.finish == "refused" and "standby" in refused.end.message
+        loaded = await one.engine.load(LoadWeights("", 1))
+        assert loaded.problem == ""
+        one.engine.set_send_rate(1e6)
+        served = await one.run(list(range(40, 80)), 3)
+        assert served.end is not None and served.end.finish == "length"
 
 
 def settled(driver: Driver) -> bool:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hyperflexis import wire
-from hyperflexis.core import effects, events
+from hyperflexis.core import effects, events, weights
 from hyperflexis.core.instance import InstanceInfo, InstanceReport, RequestProgress
 from hyperflexis.core.latency import Coefficients
 from hyperflexis.core.links import KvSource, Link
@@ -48,6 +48,10 @@ MESSAGES = [
     effects.SetLinks("i", 3, (KvSource("unix:/k", "j", 4), KvSource("host:1", "k", 5))),
     events.InstanceLinked("i", 3, "j", 4, Link(0.001, 1e9)),
     events.InstanceLinked("i", 3, "j", 4, None, "nobody listens"),
+    weights.InstanceStandby(INFO, (weights.Phase("launching", 2.5),)),
+    weights.LoadWeights("i", 3, (weights.WeightSource("host:1", "k", 5),), "abc", 1 << 24),
+    weights.WeightsLoaded("i", 3, (weights.Attempt("tcp", "k", 7, 0.5, "it left"),), (), "nothing came"),
+    weights.SetSendRate("i", 3, None),
 ]
 
 

@@ -26,7 +26,10 @@ class InstanceState(StrEnum):
 INSTANCE_TRANSITIONS: dict[InstanceState, frozenset[InstanceState]] = {
     InstanceState.LAUNCHING: frozenset({InstanceState.STANDBY, InstanceState.STOPPED, InstanceState.LOST}),
     InstanceState.STANDBY: frozenset({InstanceState.LOADING, InstanceState.STOPPED, InstanceState.LOST}),
-    InstanceState.LOADING: frozenset({InstanceState.READY, InstanceState.STOPPED, InstanceState.LOST}),
+    # LOADING -> STANDBY: nothing gave it the weights that it was to have.
+    InstanceState.LOADING: frozenset(
+        {InstanceState.STANDBY, InstanceState.READY, InstanceState.STOPPED, InstanceState.LOST}
+    ),
     InstanceState.READY: frozenset({InstanceState.SUSPECTED, InstanceState.DRAINING, InstanceState.LOST}),
     # SUSPECTED -> READY: it is tried again.
     InstanceState.SUSPECTED: frozenset({InstanceState.READY, InstanceState.DRAINING, InstanceState.LOST}),
@@ -55,7 +58,8 @@ class InstanceInfo:
     context tokens its KV cache holds; ``max_batch`` the most requests it decodes at once. ``returns_token_ids`` is
     False for engines that stream text only. ``latency`` is where the fit of iteration times starts. ``kv_address`` is
     where other instances get the KV of its requests (empty: it gives none), ``kv_bytes_per_token`` how much that is.
-    ``labels`` say where it is, by the names of TOPOLOGY.
+    ``labels`` say where it is, by the names of TOPOLOGY. ``weights_address`` is where others get its weights (empty: it
+    gives none), ``weights_digest`` says which these are (empty: none yet, or its engine does not know).
     """
 
     id: str
@@ -73,6 +77,8 @@ class InstanceInfo:
     kv_address: str = ""
     kv_bytes_per_token: int = 0
     labels: dict[str, str] = field(default_factory=dict)
+    weights_address: str = ""
+    weights_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,18 @@ from typing import Protocol
 from ..core.instance import RequestProgress
 from ..core.latency import Coefficients
 from ..core.links import KvSource, Link
+from ..core.weights import Attempt, LoadWeights, Phase
 from ..wire import Generate, TokenLogprob
+
+STANDBY = "the instance is a standby: it has no weights"
+"""Why a standby refuses a stream."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
     """What an engine is, known once it has started. Sizes in tokens; ``latency`` is the prior of the fit. Other
-    instances get the KV of its requests at ``kv_address`` (empty: nowhere), ``kv_bytes_per_token`` for each token."""
+    instances get the KV of its requests at ``kv_address`` (empty: nowhere), ``kv_bytes_per_token`` for each token,
+    and its weights at ``weights_address``: those with ``weights_digest`` (empty: none yet, or it does not know)."""
 
     model: str
     engine: str
@@ -33,6 +38,19 @@ class EngineInfo:
     latency: Coefficients
     kv_address: str = ""
     kv_bytes_per_token: int = 0
+    weights_address: str = ""
+    weights_digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What became of a ``load``. ``digest`` is that of the weights which are there now, where the engine knows it. With
+    a ``problem`` there are none, and ``load`` may be called again."""
+
+    attempts: tuple[Attempt, ...] = ()
+    phases: tuple[Phase, ...] = ()
+    digest: str = ""
+    problem: str = ""
 
 
 @dataclass(slots=True)
@@ -94,10 +112,19 @@ class Engine(Protocol):
         instance: str = "",
         epoch: int = 0,
         linked: Linked | None = None,
+        standby: bool = False,
     ) -> EngineInfo:
-        """Load and warm up. ``ending`` hears of each request with ``hands_over`` once, when the last chunk of its
-        prompt begins, ``linked`` of each link. The engine is ``epoch`` of ``instance`` to those that ask it for KV.
+        """Load and warm up; in ``standby`` all but the weights, and refuse every stream until ``load`` has succeeded.
+        ``ending`` hears of each request with ``hands_over`` once, when the last chunk of its prompt begins, ``linked``
+        of each link. The engine is ``epoch`` of ``instance`` to those that ask it for KV or weights.
         Raises HyperFlexisError with a remedy when the model or the memory does not do."""
+
+    async def load(self, order: LoadWeights) -> Loaded:
+        """Of a standby: get the weights from the first source that gives them, else from disk, see that they compute
+        what they do at their source, and take requests from then on. One at a time."""
+
+    def set_send_rate(self, bytes_per_s: float | None) -> None:
+        """How fast weights may be given away from now on, in all; None: as fast as it goes."""
 
     def generate(self, key: object, request: Generate) -> None:
         """Begin a stream; emissions with ``key`` follow. A request that cannot be served (too long for the context

@@ -25,11 +25,12 @@ from ..batcher import Batch, Batcher, BatcherConfig, Emitted, RequestTooLong, Sa
 from ..core.latency import Coefficients, OnlineFit
 from ..core.links import BYTES_PER_S, LATENCY_S, KvSource, Link
 from ..core.profile import Profile
+from ..core.weights import LoadWeights
 from ..errors import HyperFlexisError, ProtocolError
 from ..policy.catalog import StepFunctions
 from ..transfer.kv import Give, Take
 from ..wire import Generate, Sampling, TokenLogprob, pack_ids
-from .base import Emission, Ending, EngineInfo, EngineReport, Linked, Sink
+from .base import STANDBY, Emission, Ending, EngineInfo, EngineReport, Linked, Loaded, Sink
 from .driver import finished, report_of, sequence_of
 from .emulated_kv import EmulatedKv, KvHistory
 from .handoff import HandoffConfig, Handoffs
@@ -131,6 +132,7 @@ class EmulatedEngine:
         self._ends_at = 0.0
         self._timer: asyncio.Handle | None = None
         self._draining = False
+        self._standby = False
         self._hung = False
         self._refusing = config.faults.refuse
         self._slow = config.faults.slow_factor if config.faults.slow_after_tokens is None else 1.0
@@ -145,9 +147,11 @@ class EmulatedEngine:
         instance: str = "",
         epoch: int = 0,
         linked: Linked | None = None,
+        standby: bool = False,
     ) -> EngineInfo:
         """Ready at once: there are no weights."""
         self._sink = sink
+        self._standby = standby
         self._loop = asyncio.get_running_loop()
         sizes, config = self._sizes, self._config
         self._kv = EmulatedKv(
@@ -181,10 +185,19 @@ class EmulatedEngine:
             kv_bytes_per_token=config.profile.kv_bytes_per_token,
         )
 
+    async def load(self, order: LoadWeights) -> Loaded:
+        """At once: there are no weights."""
+        self._standby = False
+        return Loaded()
+
+    def set_send_rate(self, bytes_per_s: float | None) -> None:
+        """Without effect: there are no weights to give."""
+
     def generate(self, key: object, request: Generate) -> None:
         """See the contract."""
-        if self._refusing or self._draining or self._failure is not None:
+        if self._refusing or self._draining or self._standby or self._failure is not None:
             reason = "the instance is draining" if self._draining else "the instance refuses requests"
+            reason = STANDBY if self._standby else reason
             self._emit([Emission(key, [], finish="refused", message=reason)])
             return
         sampling = request.sampling

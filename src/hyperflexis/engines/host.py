@@ -3,6 +3,10 @@
     gateway    -> Generate, Cancel          each stream is a key in the engine
     gateway    <- Output                    one frame per gateway and iteration
     controller <- InstanceJoined            once ready, and again on each new link
+    controller <- InstanceStandby           the same, while it has no weights
+    controller -> LoadWeights               get them, from there
+    controller <- WeightsLoaded             how that went; InstanceJoined comes before it, if it went well
+    controller -> SetSendRate               how fast it may give its weights to others
     controller <- InstanceReported          every ``report_every_s`` while something changes, at least each second
     controller <- PrefillEnding             a request is to be handed over: where to?
     controller -> Drain                     take nothing new; the process goes on until it is told to stop
@@ -21,15 +25,16 @@ import contextlib
 import logging
 import signal
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hmac import compare_digest
 from typing import Any
 
 from .. import wire
 from ..core.effects import Drain, SetLinks, SetRole
 from ..core.events import InstanceDraining, InstanceJoined, InstanceLinked, InstanceReported, PrefillEnding
-from ..core.instance import InstanceInfo, InstanceReport
+from ..core.instance import InstanceInfo, InstanceReport, InstanceState, check_instance_move
 from ..core.links import KvSource, Link
+from ..core.weights import InstanceStandby, LoadWeights, Phase, SetSendRate, WeightsLoaded
 from ..errors import HyperFlexisError
 from ..fd_limit import raise_fd_limit
 from .base import Emission, Engine, EngineReport
@@ -62,12 +67,13 @@ async def run_instance(
     controller: str | None,
     report_every_s: float = 0.1,
     on_ready: Callable[[InstanceInfo], None] | None = None,
+    standby: bool = False,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then finish what runs (a second signal cuts that short) and return.
 
     ``listen`` and ``controller`` are wire addresses; port 0 takes a free one. ``on_ready`` is told what the instance
-    is once it can be reached. Raises HyperFlexisError when the engine does not start or breaks, or when the address
-    is taken.
+    is once it can be reached. A ``standby`` waits for the controller to tell it to load. Raises HyperFlexisError when
+    the engine does not start or breaks, or when the address is taken.
     """
     raise_fd_limit(MAX_STREAMS + 256)  # an engine that stands for a server has a connection a stream
     host = InstanceHost(engine, identity, report_every_s)
@@ -88,7 +94,7 @@ async def run_instance(
 
     try:
         stop = task(signalled.wait())
-        starting = task(host.start(listen, controller))
+        starting = task(host.start(listen, controller, standby))
         await asyncio.wait({starting, stop}, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
             return
@@ -178,11 +184,16 @@ class InstanceHost:
         self._term = 0
         self._prefill_share: float | None = None
         self._served = False
+        self._state = InstanceState.LAUNCHING
+        self._began = asyncio.get_running_loop().time()
+        self._phases: tuple[Phase, ...] = ()
+        self._loading: asyncio.Task[None] | None = None
 
-    async def start(self, listen: str, controller: str | None) -> InstanceInfo:
-        """Load the engine, open the address, begin to look for the controller. Raises HyperFlexisError."""
+    async def start(self, listen: str, controller: str | None, standby: bool = False) -> InstanceInfo:
+        """Load the engine, all but its weights in ``standby``, open the address, begin to look for the controller.
+        Raises HyperFlexisError."""
         me = self._identity
-        engine = await self.engine.start(self.emit, self.prefill_ends, me.id, me.epoch, self.link_is_known)
+        engine = await self.engine.start(self.emit, self.prefill_ends, me.id, me.epoch, self.link_is_known, standby)
         self._started = True
         try:
             self._server = await wire.listen(listen, lambda: _Gateway(self), self._hello)
@@ -208,10 +219,16 @@ class InstanceHost:
             kv_address=engine.kv_address,
             kv_bytes_per_token=engine.kv_bytes_per_token,
             labels=self._identity.labels,
+            weights_address=engine.weights_address,
+            weights_digest=engine.weights_digest,
         )
+        self._move(InstanceState.STANDBY)
+        if not standby:
+            self._move(InstanceState.LOADING)
+            self._move(InstanceState.READY)
         if controller is not None:
             self._controller_task = asyncio.create_task(wire.keep_connected(controller, self, self._hello))
-        _log.info("instance %s ready: %s on %s at %s", self._identity.id, engine.model, engine.device_kind, address)
+        _log.info("instance %s %s: %s on %s at %s", me.id, self._state, engine.model, engine.device_kind, address)
         return self._info
 
     async def run(self) -> None:
@@ -223,7 +240,11 @@ class InstanceHost:
             # Asked for even when nobody listens: this is how an engine tells that it broke. While the controller is
             # away, moves that it misses are no loss, since progress is told again with the next move.
             report = self.engine.report()
-            if self._controller is None or (report == self._told and silent_s < REPORT_AT_LEAST_S):
+            if self._loading is not None and self._loading.done():
+                self._loading.result()  # a fault of the engine's own ends the process
+            if self._controller is None or self._state is not InstanceState.READY:
+                continue
+            if report == self._told and silent_s < REPORT_AT_LEAST_S:
                 continue
             self._told, silent_s = report, 0.0
             self._controller.send(InstanceReported(self._report(report)))
@@ -246,6 +267,8 @@ class InstanceHost:
     async def stop(self) -> None:
         """End all streams, free the device and close all links. Safe at any time, also after a failed start."""
         self._draining = True
+        if self._loading is not None:
+            self._loading.cancel()
         if self._controller_task is not None:
             self._controller_task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -339,9 +362,7 @@ class InstanceHost:
             return
         self._term = hello.term
         self._controller = link
-        assert self._info is not None
-        link.send(InstanceJoined(self._info, self._draining, self._prefill_share, self._served))
-        self._served = True
+        self._introduce(link)
         self._told = None
 
     def link_lost(self, link: wire.Link, reason: str) -> None:
@@ -351,7 +372,7 @@ class InstanceHost:
             _log.warning("instance %s lost the controller: %s", self._identity.id, reason)
 
     def message_received(self, link: wire.Link, message: Any) -> None:
-        """A drain, its end, a role, or links."""
+        """A drain, its end, a role, links, or what concerns weights."""
         if link is not self._controller:
             return  # refused for its term; what it still had under way does not count
         if isinstance(message, Drain):
@@ -364,8 +385,51 @@ class InstanceHost:
         elif isinstance(message, SetLinks):
             if message.epoch == self._identity.epoch:
                 self.engine.keep_links(message.sources)
+        elif isinstance(message, LoadWeights):
+            # A second one, while the first is under way or after it has succeeded, says nothing new.
+            if message.epoch == self._identity.epoch and self._state is InstanceState.STANDBY:
+                self._move(InstanceState.LOADING)
+                self._loading = asyncio.create_task(self._load(message))
+        elif isinstance(message, SetSendRate):
+            if message.epoch == self._identity.epoch:
+                self.engine.set_send_rate(message.bytes_per_s)
         else:
             link.close(f"an instance takes no {type(message).__name__} from a controller")
+
+    async def _load(self, order: LoadWeights) -> None:
+        """From standby to ready, or back."""
+        me = self._identity
+        loaded = await self.engine.load(order)
+        for attempt in loaded.attempts:
+            if attempt.problem:
+                _log.warning("instance %s: no weights from %s: %s", me.id, attempt.source, attempt.problem)
+        if loaded.problem:
+            self._move(InstanceState.STANDBY)
+        else:
+            assert self._info is not None
+            self._info = replace(self._info, weights_digest=loaded.digest)
+            self._move(InstanceState.READY)
+            if self._controller is not None:
+                self._introduce(self._controller)
+        if self._controller is not None:
+            phases = (*self._phases, *loaded.phases)
+            self._controller.send(WeightsLoaded(me.id, me.epoch, loaded.attempts, phases, loaded.problem))
+
+    def _introduce(self, link: wire.Link) -> None:
+        assert self._info is not None
+        match self._state:
+            case InstanceState.READY:
+                link.send(InstanceJoined(self._info, self._draining, self._prefill_share, self._served))
+                self._served = True
+            case _:
+                link.send(InstanceStandby(self._info, self._phases))
+
+    def _move(self, to: InstanceState) -> None:
+        """Along an edge of the table; what the state that it leaves took is noted."""
+        check_instance_move(self._state, to)
+        now = asyncio.get_running_loop().time()
+        self._phases += (Phase(self._state, now - self._began),)
+        self._state, self._began = to, now
 
     def _hello(self) -> wire.Hello:
         return wire.Hello(wire.VERSION, "instance", self._identity.id, token=self._identity.token)

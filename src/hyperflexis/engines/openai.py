@@ -28,9 +28,10 @@ from ..core.instance import RequestProgress
 from ..core.latency import Coefficients, OnlineFit
 from ..core.links import KvSource
 from ..core.profile import Profile
+from ..core.weights import LoadWeights
 from ..errors import HyperFlexisError, ProtocolError
 from ..wire import Generate, unpack_ids
-from .base import Emission, Ending, EngineInfo, EngineReport, Linked, Sink
+from .base import STANDBY, Emission, Ending, EngineInfo, EngineReport, Linked, Loaded, Sink
 from .openai_answer import CARDS, EVENT, Card, Event, Events, error_message, is_set, token_logprobs_of
 
 CONNECT_S = 5.0
@@ -143,6 +144,7 @@ class OpenAIEngine:
         self._busy_since: float | None = None
         self._heard_at = 0.0
         self._draining = False
+        self._standby = False
         self._failure: str | None = None
         self._health: asyncio.Task[None] | None = None
 
@@ -153,6 +155,7 @@ class OpenAIEngine:
         instance: str = "",
         epoch: int = 0,
         linked: Linked | None = None,
+        standby: bool = False,
     ) -> EngineInfo:
         """Wait for the server and ask what it serves. Its requests are not handed over.
 
@@ -160,6 +163,7 @@ class OpenAIEngine:
         speak token ids and cannot.
         """
         self._sink = sink
+        self._standby = standby
         self._loop = asyncio.get_running_loop()
         config, profile = self._config, self._config.profile
         max_batch = config.max_batch or (profile.max_batch if profile is not None else 256)
@@ -196,10 +200,20 @@ class OpenAIEngine:
             latency=self._prior,
         )
 
+    async def load(self, order: LoadWeights) -> Loaded:
+        """At once: the server has its weights."""
+        self._standby = False
+        return Loaded()
+
+    def set_send_rate(self, bytes_per_s: float | None) -> None:
+        """Without effect: there are no weights to give."""
+
     def generate(self, key: object, request: Generate) -> None:
         """See the contract."""
-        if self._draining or self._failure is not None:
-            self._sink([Emission(key, [], finish="refused", message=self._failure or "the instance is draining")])
+        refusal = self._failure or ("the instance is draining" if self._draining else "")
+        refusal = refusal or (STANDBY if self._standby else "")
+        if refusal:
+            self._sink([Emission(key, [], finish="refused", message=refusal)])
             return
         if request.kv is not None:
             self._sink([Emission(key, [], finish="refused", message="the server takes no KV")])

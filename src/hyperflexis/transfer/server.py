@@ -5,21 +5,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-import time
 from collections.abc import Callable
 from hmac import compare_digest
-from socket import SHUT_RDWR
 
 import msgspec
 
 from ..errors import ProtocolError
-from . import shm, tcp
+from . import shm
 from .kv import Open, Outgoing
 from .links import VERSION, Gone, Hello, Layout, Probe, Refusal, Shared, Welcome, answer_probe, encode
-from .tcp import SMALL_HEADER, SocketChannel
+from .listener import Listener
+from .tcp import SocketChannel
 from .transport import PEER_LIMIT_S, Channel
 
-RETRY_S = 0.1
 MAX_CONNECTIONS = 128
 """To one source at once: links, and handoffs that have one of their own. Who comes beyond that is shown the door."""
 _log = logging.getLogger(__name__)
@@ -46,7 +44,6 @@ class KvServer:
         settled: Callable[[Outgoing], None],
         most: int = MAX_CONNECTIONS,
     ) -> None:
-        self._most = most
         self._layout = layout
         self._instance = instance
         self._epoch = epoch
@@ -54,56 +51,23 @@ class KvServer:
         self._opened = opened
         self._settled = settled
         self._lock = threading.Lock()
-        self._threads: dict[threading.Thread, SocketChannel] = {}
         self._handoffs: dict[threading.Thread, Outgoing] = {}
-        self._closed = self._closing = False
-        self._socket, self.address = tcp.listen(address)
-        self._listener = threading.Thread(target=self._accept, name="kv-listen", daemon=True)
-        self._listener.start()
+        self._closed = False
+        self._listener = Listener(address, self._serve, most, "kv-source")
+        self.address = self._listener.address
 
     def close(self) -> None:
         """Cut all connections and free the address. Returns when no thread is left."""
-        self._closing = True
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(SHUT_RDWR)
-        self._socket.close()
-        self._listener.join()
+        self._listener.stop()
         with self._lock:
             self._closed = True
-            threads, handoffs = dict(self._threads), list(self._handoffs.values())
+            handoffs = list(self._handoffs.values())
         for outgoing in handoffs:
             outgoing.ended("the instance stopped")
-        for thread, channel in threads.items():
-            channel.close()
-            thread.join()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                sock, _ = self._socket.accept()
-            except OSError as error:
-                if self._closing:
-                    return
-                # Too many open files, say: others may be closed soon.
-                _log.warning("nobody can ask for KV now: %s", error)
-                time.sleep(RETRY_S)
-                continue
-            channel = SocketChannel(sock, SMALL_HEADER, 0)
-            thread = threading.Thread(target=self._serve, args=(channel,), name="kv-source", daemon=True)
-            with self._lock:
-                full = len(self._threads) >= self._most
-                if not full:
-                    self._threads[thread] = channel
-            if full:
-                channel.release()
-            else:
-                thread.start()
+        self._listener.close()
 
     def _serve(self, control: SocketChannel) -> None:
         with contextlib.ExitStack() as stack:
-            stack.callback(self._forget)
-            stack.callback(control.release)
-            stack.callback(control.close)
             try:
                 channel = self._let_in(control, stack)
                 while self._answer(control, channel):
@@ -157,10 +121,6 @@ class KvServer:
         finally:
             with self._lock:
                 del self._handoffs[thread]
-
-    def _forget(self) -> None:
-        with self._lock:
-            del self._threads[threading.current_thread()]
 
     def _check(self, hello: Hello) -> None:
         """Raise Refusal unless this instance is the one that is asked, by one of the fleet that can use its KV."""

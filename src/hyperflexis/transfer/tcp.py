@@ -88,6 +88,15 @@ class SocketChannel:
             raise ProtocolError("a frame was damaged on its way: its checksum is another")
         return take(Frame(bytes(header), payload, checksum))
 
+    def send_bytes(self, data: memoryview) -> None:
+        """Send what is no frame, after one that says how much comes. Who receives it sees to it that it is whole.
+        Raises OSError."""
+        self.sock.sendall(data)
+
+    def receive_bytes(self, into: memoryview) -> None:
+        """The same at the other end: fills ``into``, where it is to be in the end. Raises OSError."""
+        self._read(into)
+
     def stop_receiving(self) -> None:
         """A ``receive`` under way raises OSError; what is sent still goes out."""
         with contextlib.suppress(OSError):  # the peer may have closed it

@@ -72,7 +72,7 @@ def test_a_link_is_measured_ahead_and_serves_one_handoff_after_the_other(source:
 
 
 def threads_of(source: Source) -> set[threading.Thread]:
-    return set(source.server._threads)
+    return set(source.server._listener._threads)
 
 
 def test_handoffs_at_once_have_connections_of_their_own(source: Source, keeper: Keeper) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Literal, TypeVar, cast, get_args
 
@@ -60,6 +61,13 @@ class ModelConfig:
     def kv_elements_per_token(self) -> int:
         """Keys and values of one token in all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+    @property
+    def digest(self) -> str:
+        """Of all that the configuration says."""
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        fields["eos_token_ids"] = sorted(self.eos_token_ids)
+        return blake2b(repr(fields).encode(), digest_size=8).hexdigest()
 
 
 class _Rope(msgspec.Struct):

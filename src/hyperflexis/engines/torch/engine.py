@@ -23,17 +23,20 @@ import torch
 from ...batcher import Batch, Batcher, BatcherConfig, Emitted, RequestTooLong, Sampled, Sequence
 from ...core.latency import Coefficients, OnlineFit
 from ...core.links import KvSource
+from ...core.weights import LoadWeights
 from ...errors import HyperFlexisError, ProtocolError
 from ...policy.catalog import StepFunctions
+from ...transfer.tcp import is_local
 from ...wire import Generate
-from ..base import Emission, Ending, EngineInfo, EngineReport, Linked, Sink
+from ..base import STANDBY, Emission, Ending, EngineInfo, EngineReport, Linked, Loaded, Sink
 from ..driver import finished, report_of, sequence_of
 from ..handoff import HandoffConfig, Handoffs
 from .handoff import TorchDevice
-from .loader import find_device, load
+from .loader import allocate, find_device
 from .probe import probe, shapes
 from .runner import Runner, Stream, stream_of
 from .sampler import Drawn
+from .standby import Fleet, ShellWeights
 
 MAX_FAILURES = 3
 """Iterations in a row that may fail before the engine gives up: once is a request's fault or a full memory, three
@@ -50,7 +53,7 @@ class TorchConfig:
     of a CPU instance. ``kv_tokens``: size of the KV cache, None for what the memory allows. ``context_length``: None
     for the model's own. ``device_kind``: its name in profiles, None for the device's own. ``kv_listen``: address
     (``unix:PATH`` or HOST:PORT) at which other instances get the KV of requests from here, None for nowhere;
-    ``kv_token``: the word that they share.
+    ``kv_token``: the word that they share. ``weights_listen``: the same for its weights.
     """
 
     model: str
@@ -67,6 +70,7 @@ class TorchConfig:
     device_kind: str | None = None
     kv_listen: str | None = None
     kv_token: str = ""
+    weights_listen: str | None = None
 
 
 class TorchEngine:
@@ -83,6 +87,8 @@ class TorchEngine:
         self._failures = 0
         self._failure: str | None = None
         self._task: asyncio.Task[None] | None = None
+        self._standby = False
+        self._packing = ThreadPoolExecutor(1, "torch-pack", torch.set_num_threads, (config.threads,))
 
     async def start(
         self,
@@ -91,12 +97,16 @@ class TorchEngine:
         instance: str = "",
         epoch: int = 0,
         linked: Linked | None = None,
+        standby: bool = False,
     ) -> EngineInfo:
-        """Load the weights, measure a few iterations, and take requests from then on."""
+        """Load the weights, unless in standby, measure a few iterations, and take requests from then on."""
         self._sink = sink
+        self._standby = standby
         config = self._config
         loop = asyncio.get_running_loop()
-        self._runner, prior = await loop.run_in_executor(self._thread, self._load)
+        fleet = Fleet(config.weights_listen, config.kv_token, instance, epoch)
+        prior, digest = await loop.run_in_executor(self._thread, self._prepare, fleet)
+        self._runner = self._shell.runner
         model = self._runner.model
         self._vocab_size = model.config.vocab_size
         self._eos = model.config.eos_token_ids
@@ -126,12 +136,28 @@ class TorchEngine:
             latency=prior,
             kv_address=self._handoffs.address,
             kv_bytes_per_token=device.layout.num_layers * device.layout.token_bytes,
+            weights_address=self._weights.address,
+            weights_digest=digest,
         )
+
+    async def load(self, order: LoadWeights) -> Loaded:
+        """See Engine. Batches are slow for the first second or so, until the weights are packed."""
+        loaded = await asyncio.get_running_loop().run_in_executor(self._thread, self._weights.load, order)
+        if not loaded.problem:
+            self._standby = False
+            self._packing.submit(self._shell.pack)
+        return loaded
+
+    def set_send_rate(self, bytes_per_s: float | None) -> None:
+        """See Engine."""
+        self._weights.bucket.set_rate(bytes_per_s)
 
     def generate(self, key: object, request: Generate) -> None:
         """See the contract."""
-        if self._draining or self._failure is not None:
-            self._sink([Emission(key, [], finish="refused", message=self._failure or "the instance is draining")])
+        refusal = self._failure or ("the instance is draining" if self._draining else "")
+        refusal = refusal or (STANDBY if self._standby else "")
+        if refusal:
+            self._sink([Emission(key, [], finish="refused", message=refusal)])
             return
         sampling = request.sampling
         stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos)
@@ -184,19 +210,32 @@ class TorchEngine:
         self._wake.set()
         if self._task is not None:
             await self._task
+            self._shell.stop()
+            await asyncio.to_thread(self._weights.close)
             await self._handoffs.close()
             self._end(list(self._streams.values()), "the instance stopped")
-            del self._runner
+            del self._runner, self._shell, self._weights
         self._thread.shutdown()
+        self._packing.shutdown()
 
-    def _load(self) -> tuple[Runner, Coefficients]:
+    def _prepare(self, fleet: Fleet) -> tuple[Coefficients, str]:
+        """Memory, weights unless in standby, warm kernels. Returns how long iterations take, and the weights' digest if
+        others can have them."""
         config = self._config
         device = find_device(config.device)
         most = config.max_batch * (config.context_length or 1 << 20)
-        runner = load(config.directory, device, config.dtype, config.kv_tokens, config.block_size, most)
-        sizes = self._sizes(runner)
+        shared = fleet.listen is not None and is_local(fleet.listen)
+        self._shell = shell = allocate(
+            config.directory, device, config.dtype, config.kv_tokens, config.block_size, most, shared
+        )
+        self._weights = ShellWeights(shell, fleet)
+        if not self._standby:
+            shell.read()
+        shell.pack()
+        sizes = self._sizes(shell.runner)
         wanted = shapes(sizes.max_batch, sizes.max_batch_tokens, sizes.context_length, sizes.kv_capacity_tokens)
-        return runner, probe(runner, wanted)
+        prior = probe(shell.runner, wanted)
+        return prior, self._weights.publish() if fleet.listen is not None and not self._standby else ""
 
     def _sizes(self, runner: Runner) -> BatcherConfig:
         config, model = self._config, runner.model

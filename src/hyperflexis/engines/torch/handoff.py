@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from hashlib import blake2b
 
 import msgspec
 import torch
@@ -21,7 +20,6 @@ from ...errors import ProtocolError
 from ...transfer.kv import Give, Take
 from ...transfer.links import Layout
 from ...wire import TokenLogprob
-from .config import ModelConfig
 from .model import Model
 from .runner import stream_of
 
@@ -49,7 +47,7 @@ class TorchDevice:
             head_dim=config.head_dim,
             dtype=str(model.dtype).removeprefix("torch."),
             token_bytes=2 * config.num_kv_heads * config.head_dim * model.dtype.itemsize,
-            model=f"{name} {_digest(config)}",
+            model=f"{name} {config.digest}",
         )
         self._computed: dict[int, torch.cuda.Event] = {}
 
@@ -136,10 +134,3 @@ class TorchDevice:
         table = torch.tensor(blocks[first : -(-piece.end // size)], device=self._device)
         slots = table[:, None] * size + torch.arange(size, device=self._device)
         return slots.flatten()[piece.start - first * size :][: piece.count]
-
-
-def _digest(config: ModelConfig) -> str:
-    """Of all that a model's configuration says."""
-    fields = {name: getattr(config, name) for name in config.__slots__}
-    fields["eos_token_ids"] = sorted(config.eos_token_ids)
-    return blake2b(repr(fields).encode(), digest_size=8).hexdigest()

@@ -1,23 +1,48 @@
-"""Weights from safetensors files: every expected tensor once, of the expected shape, and nothing else."""
+"""Weights: the tensors of a checkpoint, those that the engine keeps, and the way from one to the other.
+
+A checkpoint has matrices as [out, in], one for each projection. The engine keeps them as [in, out] and joins those that
+read the same rows (model.Linear). ``kept`` says what it keeps, ``Weights`` is made of that, and ``read`` fills it from
+safetensors files: every expected tensor once, of the expected shape, and nothing else.
+
+Several threads read, each a piece at a time into memory that is touched already, and turn it while the others read.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
 
 import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...errors import HyperFlexisError
 from .config import ModelConfig
-from .model import Layer, Linear, Weights
+from .model import STRIP, Layer, Linear, Weights
 
 Shape = tuple[int, ...]
+
+READERS = 4
+"""Threads that read a checkpoint: a virtual disk gives its rate to two requests at once, the others turn meanwhile."""
+PIECE = 8 << 20
+"""Bytes that a thread reads at once."""
+_MAX_HEADER = 100 << 20
+"""The limit of the safetensors format."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Where a tensor of a checkpoint goes: the columns from ``first`` of the kept tensor ``into``, turned; or all of
+    it, as it is, when ``first`` is None."""
+
+    into: str
+    first: int | None
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
@@ -58,26 +83,146 @@ def num_parameters(config: ModelConfig) -> int:
     return sum(prod(shape) for shape in expected_shapes(config).values())
 
 
-def load_weights(directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Weights:
-    """Read a checkpoint, one file or several with an index, cast to ``dtype``.
+_JOINED = {
+    "self_attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+}
+
+
+def parts(config: ModelConfig) -> tuple[dict[str, Shape], dict[str, Part]]:
+    """Name and shape of what the engine keeps, in the order in which the layers use it; and where each tensor of a
+    checkpoint goes."""
+    shapes = expected_shapes(config)
+    joined = {one: whole for whole, ones in _JOINED.items() for one in ones}
+    kept: dict[str, Shape] = {}
+    where: dict[str, Part] = {}
+    for name, shape in shapes.items():
+        module, _, kind = name.rpartition(".")
+        prefix, _, short = module.partition("layers.")
+        number, _, inner = short.partition(".")
+        whole = joined.get(inner, "")
+        into = f"{prefix}layers.{number}.{whole}.{kind}" if whole else name
+        if name == "model.embed_tokens.weight" or (len(shape) == 1 and not whole):
+            kept[into], where[name] = shape, Part(into, None)
+            continue
+        first = kept[into][-1] if into in kept else 0
+        kept[into] = (*reversed(shape[1:]), first + shape[0])
+        where[name] = Part(into, first)
+    return kept, where
+
+
+def assemble(config: ModelConfig, kept: Mapping[str, Tensor]) -> Weights:
+    """A model of the tensors that ``parts`` names. They may be filled later."""
+
+    def linear(name: str) -> Linear:
+        return Linear(kept[f"{name}.weight"], kept.get(f"{name}.bias"))
+
+    def layers() -> Iterator[Layer]:
+        for i in range(config.num_layers):
+            layer = f"model.layers.{i}."
+            yield Layer(
+                input_norm=kept[layer + "input_layernorm.weight"],
+                qkv=linear(layer + "self_attn.qkv"),
+                q_norm=kept.get(layer + "self_attn.q_norm.weight"),
+                k_norm=kept.get(layer + "self_attn.k_norm.weight"),
+                o=linear(layer + "self_attn.o_proj"),
+                mlp_norm=kept[layer + "post_attention_layernorm.weight"],
+                gate_up=linear(layer + "mlp.gate_up"),
+                down=linear(layer + "mlp.down_proj"),
+            )
+
+    embedding = kept["model.embed_tokens.weight"]
+    head = Linear(embedding.t()) if config.tied_embeddings else linear("lm_head")
+    return Weights(embedding, tuple(layers()), kept["model.norm.weight"], head)
+
+
+class _Entry(msgspec.Struct):
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A tensor in a file: bytes from ``start`` on."""
+
+    path: Path
+    descriptor: int
+    dtype: torch.dtype
+    shape: Shape
+    start: int
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_HEADER = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_ENTRY = msgspec.json.Decoder(_Entry)
+
+
+def read(directory: Path, config: ModelConfig, kept: Mapping[str, Tensor], readers: int = READERS) -> None:
+    """Fill ``kept`` from a checkpoint, one file or several with an index, cast to the dtype of what is kept.
 
     Raises HyperFlexisError naming the missing, unexpected or misshapen tensors and the file.
     """
     shapes = expected_shapes(config)
     with ExitStack() as stack:
-        handles = {path: _open(stack, path) for path in _files(directory)}
-        where = {name: handle for handle in handles.values() for name in handle.keys()}  # noqa: SIM118 (not a dict)
-        _check_names(directory, set(shapes), set(where), config)
-
-        def read(name: str) -> Tensor:
-            tensor: Tensor = where[name].get_tensor(name)
-            if tuple(tensor.shape) != shapes[name]:
+        stored: dict[str, _Stored] = {}
+        for path in _files(directory):
+            stored |= _open(stack, path)
+        _check_names(directory, set(shapes), set(stored), config)
+        for name, shape in shapes.items():
+            if stored[name].shape != shape:
                 raise HyperFlexisError(
-                    f"{directory}: tensor {name} has shape {tuple(tensor.shape)}, config.json asks for {shapes[name]}"
+                    f"{directory}: tensor {name} has shape {stored[name].shape}, config.json asks for {shape}"
                 )
-            return tensor
+        _, where = parts(config)
+        order = sorted(shapes, key=lambda name: (stored[name].path, stored[name].start))
+        largest_row = max(prod(one.shape[1:]) * one.dtype.itemsize for one in stored.values())
+        buffers: SimpleQueue[bytearray] = SimpleQueue()
+        for _ in range(readers):
+            buffers.put(bytearray(max(PIECE, largest_row)))
+        with ThreadPoolExecutor(readers, "weights-read", torch.set_num_threads, (1,)) as pool:
+            filled = [pool.submit(_fill, stored[n], kept[where[n].into], where[n].first, buffers) for n in order]
+            for one in filled:
+                one.result()
 
-        return _assemble(config, read, dtype, device)
+
+def _fill(stored: _Stored, into: Tensor, first: int | None, buffers: SimpleQueue[bytearray]) -> None:
+    """One tensor, in pieces of whole rows."""
+    rows = stored.shape[0]
+    row_bytes = prod(stored.shape[1:]) * stored.dtype.itemsize
+    most = max(PIECE // row_bytes, 1)
+    buffer = buffers.get()
+    try:
+        for row in range(0, rows, most):
+            count = min(most, rows - row)
+            data = memoryview(buffer)[: count * row_bytes]
+            _read_exactly(stored, stored.start + row * row_bytes, data)
+            piece = torch.frombuffer(data, dtype=stored.dtype).view(count, *stored.shape[1:]).to(into.device)
+            if first is None:
+                into[row : row + count].copy_(piece)
+                continue
+            width = STRIP if into.device.type == "cpu" else count
+            for at in range(0, count, width):
+                strip = piece[at : at + width]
+                begin = first + row + at
+                into[..., begin : begin + strip.shape[0]].copy_(strip.t())
+    finally:
+        buffers.put(buffer)
+
+
+def _read_exactly(stored: _Stored, at: int, into: memoryview) -> None:
+    try:
+        while into:
+            count = os.preadv(stored.descriptor, [into], at)
+            if not count:
+                raise OSError("the file ends too early")
+            into, at = into[count:], at + count
+    except OSError as error:
+        raise HyperFlexisError(f"{stored.path}: cannot be read ({error}); download or make the model again") from error
 
 
 def _files(directory: Path) -> list[Path]:
@@ -96,14 +241,28 @@ def _files(directory: Path) -> list[Path]:
     )
 
 
-class _Index(msgspec.Struct):
-    weight_map: dict[str, str]
-
-
-def _open(stack: ExitStack, path: Path) -> Any:
+def _open(stack: ExitStack, path: Path) -> dict[str, _Stored]:
+    """The tensors of a safetensors file: a length (u64, little endian), a JSON header, and the tensors' bytes."""
     try:
-        return stack.enter_context(safe_open(path, framework="pt"))
-    except (OSError, SafetensorError) as error:
+        file = stack.enter_context(path.open("rb", buffering=0))
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= min(size - 8, _MAX_HEADER):
+            raise ValueError("it has no header")
+        entries = _HEADER.decode(file.read(length))
+        entries.pop("__metadata__", None)
+        found: dict[str, _Stored] = {}
+        for name, raw in entries.items():
+            entry = _ENTRY.decode(raw)
+            start, end = entry.data_offsets
+            dtype = _DTYPES.get(entry.dtype)
+            if dtype is None:
+                raise ValueError(f"tensor {name} is of type {entry.dtype}, which is not supported")
+            if end - start != prod(entry.shape) * dtype.itemsize or not 0 <= start <= end <= size - 8 - length:
+                raise ValueError(f"tensor {name} is not where the header says")
+            found[name] = _Stored(path, file.fileno(), dtype, entry.shape, 8 + length + start)
+        return found
+    except (OSError, ValueError, msgspec.DecodeError) as error:
         raise HyperFlexisError(f"{path}: cannot be read ({error}); download or make the model again") from error
 
 
@@ -122,37 +281,3 @@ def _check_names(directory: Path, expected: set[str], found: set[str], config: M
             f"{directory}: {len(unexpected)} tensors are not expected, first {', '.join(unexpected[:3])}; config.json "
             "describes another model"
         )
-
-
-def _assemble(config: ModelConfig, read: Callable[[str], Tensor], dtype: torch.dtype, device: torch.device) -> Weights:
-    def vector(name: str) -> Tensor:
-        return read(name).to(device=device, dtype=dtype, copy=True)  # not a view of the mapped file
-
-    def linear(*names: str, bias: bool) -> Linear:
-        parts = [read(f"{name}.weight") for name in names]
-        outputs = sum(part.shape[0] for part in parts)
-        weight = torch.empty(parts[0].shape[1], outputs, dtype=dtype, device=device)
-        first = 0
-        for part in parts:
-            weight[:, first : first + part.shape[0]].copy_(part.t())
-            first += part.shape[0]
-        return Linear(weight, torch.cat([vector(f"{name}.bias") for name in names]) if bias else None)
-
-    def layers() -> Iterator[Layer]:
-        for i in range(config.num_layers):
-            layer = f"model.layers.{i}."
-            attention, mlp = layer + "self_attn.", layer + "mlp."
-            yield Layer(
-                input_norm=vector(layer + "input_layernorm.weight"),
-                qkv=linear(attention + "q_proj", attention + "k_proj", attention + "v_proj", bias=config.qkv_bias),
-                q_norm=vector(attention + "q_norm.weight") if config.qk_norm else None,
-                k_norm=vector(attention + "k_norm.weight") if config.qk_norm else None,
-                o=linear(attention + "o_proj", bias=config.o_bias),
-                mlp_norm=vector(layer + "post_attention_layernorm.weight"),
-                gate_up=linear(mlp + "gate_proj", mlp + "up_proj", bias=config.mlp_bias),
-                down=linear(mlp + "down_proj", bias=config.mlp_bias),
-            )
-
-    embedding = vector("model.embed_tokens.weight")
-    head = Linear(embedding.t()) if config.tied_embeddings else linear("lm_head", bias=False)
-    return Weights(embedding, tuple(layers()), vector("model.norm.weight"), head)

@@ -9,7 +9,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from hyperflexis.engines.torch.config import load_config
-from hyperflexis.engines.torch.weights import load_weights, num_parameters
+from hyperflexis.engines.torch.loader import load
+from hyperflexis.engines.torch.weights import num_parameters
 from hyperflexis.errors import HyperFlexisError
 from hyperflexis.make_model import Recipe, add_arguments, main, make_model
 
@@ -31,7 +32,7 @@ def test_families_shards_and_dtypes_load_whole(tmp_path: Path, family: str) -> N
     make_model(tmp_path / "m", Recipe("1m", family=family, seed=3, shards=3, dtype="bfloat16"))
     config = load_config(tmp_path / "m")
     assert (config.family, config.dtype) == (family, "bfloat16")
-    weights = load_weights(tmp_path / "m", config, torch.float32, torch.device("cpu"))
+    weights = load(tmp_path / "m", torch.device("cpu"), "float32", 512, 16, 512).model.weights
     assert weights.head.weight.std() == pytest.approx(0.2, rel=0.02)
     assert bool((weights.norm == 1.0).all())
     assert len(list((tmp_path / "m").glob("*.safetensors"))) == 3

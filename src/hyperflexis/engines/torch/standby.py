@@ -1,0 +1,140 @@
+"""The weights of a torch instance: from others or from disk into its shell, checked, and from there to others.
+
+    transfer    over the network or shared memory, into where the weights are to be
+    check       a few logits against the source's: weights that are whole and in the wrong place are found
+    disk        where no source gave them
+    digest      of what came from disk, so that others can be sure of it
+
+Weights that came count only when they are the wanted ones and compute what the source computes. Otherwise they are
+forgotten and the next way is tried. So there is no way on which an instance comes to serve others than it says.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from ...core.weights import Attempt, LoadWeights, Manifest, Phase
+from ...errors import HyperFlexisError
+from ...transfer.fetch import FetchConfig, Fetcher
+from ...transfer.pace import TokenBucket
+from ...transfer.weights import WeightServer
+from ..base import Loaded
+from .loader import Shell
+
+NOT_BUILT = "weights are not transferred to or from this device yet, only in the host's memory"
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """Who this instance is to others, and the fleet's word. ``listen``: where it gives its weights, None: nowhere."""
+
+    listen: str | None
+    token: str
+    instance: str
+    epoch: int
+
+
+class ShellWeights:
+    """Fills one shell and gives its weights away. All but ``close`` and ``bucket`` is for the model's thread."""
+
+    def __init__(self, shell: Shell, fleet: Fleet) -> None:
+        """Raises HyperFlexisError when nobody can be given weights there."""
+        self._shell = shell
+        self._fleet = fleet
+        self._phases: list[Phase] = []
+        self._fetcher: Fetcher | None = None
+        self._server: WeightServer | None = None
+        self._closed = False
+        self.bucket = TokenBucket()
+        if fleet.listen is None:
+            return
+        if shell.shard is None:
+            raise HyperFlexisError(f"--weights-listen {fleet.listen}: {NOT_BUILT}")
+        try:
+            self._server = WeightServer(
+                fleet.listen, shell.shard, fleet.instance, fleet.epoch, fleet.token, self.bucket
+            )
+        except (OSError, ValueError) as error:
+            raise HyperFlexisError(f"weights cannot be given at {fleet.listen}: {error}") from error
+
+    @property
+    def address(self) -> str:
+        """Where others get the weights; empty: nowhere."""
+        return self._server.address if self._server is not None else ""
+
+    def publish(self) -> str:
+        """The weights are there, from disk, and others may have them. Returns their digest."""
+        assert self._shell.shard is not None
+        manifest = Manifest(self._shell.shard.layout, self._shell.shard.digests(), self._shell.fingerprint())
+        self._shell.shard.publish(manifest)
+        return manifest.digest
+
+    def load(self, order: LoadWeights) -> Loaded:
+        """See Engine.load. Takes as long as it takes."""
+        self._phases = []
+        self._shell.unpack()
+        attempts = self._from_others(order)
+        shard = self._shell.shard
+        if shard is not None and shard.is_complete and shard.manifest is not None:
+            return Loaded(tuple(attempts), tuple(self._phases), shard.manifest.digest)
+        if self._closed:
+            return Loaded(tuple(attempts), tuple(self._phases), problem="the instance stopped")
+        attempt, digest = self._from_disk(order)
+        return Loaded((*attempts, attempt), tuple(self._phases), digest, attempt.problem)
+
+    def close(self) -> None:
+        """Give nothing more, and get nothing more: a ``load`` under way fails soon. From any thread."""
+        self._closed = True
+        if self._fetcher is not None:
+            self._fetcher.cancel()
+        if self._server is not None:
+            self._server.close()
+        if self._shell.shard is not None:
+            self._shell.shard.arena.release()
+
+    def _from_others(self, order: LoadWeights) -> list[Attempt]:
+        shard = self._shell.shard
+        if shard is None:
+            return [Attempt("tcp", one.instance, 0, 0.0, NOT_BUILT) for one in order.sources]
+        config = FetchConfig(self._fleet.token, order.digest, order.chunk_bytes)
+        self._fetcher = Fetcher(shard, config)
+        with self._phase("transfer"):
+            attempts = self._fetcher.run(order.sources)
+        if shard.is_complete and shard.manifest is not None:
+            with self._phase("check"):
+                agrees = not shard.manifest.check or self._shell.agrees(shard.manifest.check)
+            if agrees:
+                return attempts
+            attempts[-1] = replace(attempts[-1], problem="what came computes other logits than its source does")
+        shard.forget()
+        return attempts
+
+    def _from_disk(self, order: LoadWeights) -> tuple[Attempt, str]:
+        began = time.monotonic()
+        problem = digest = ""
+        try:
+            with self._phase("disk"):
+                self._shell.read()
+            if self._shell.shard is not None:
+                with self._phase("digest"):
+                    digest = self.publish()
+            if order.digest and digest and digest != order.digest:
+                problem = f"the weights on disk have digest {digest}, and {order.digest} are wanted"
+                digest = ""
+                assert self._shell.shard is not None
+                self._shell.shard.forget()
+        except HyperFlexisError as error:
+            problem = str(error)
+        num_bytes = 0 if problem else self._shell.num_bytes
+        return Attempt("disk", str(self._shell.directory), num_bytes, time.monotonic() - began, problem), digest
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._phases.append(Phase(name, time.monotonic() - began))
