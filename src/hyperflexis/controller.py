@@ -25,11 +25,10 @@ The same code runs live, in the simulator and in replay. Time is an argument: se
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from .core.cluster import CONVERTIBLE, Cluster, TrackedInstance, TrackedRequest, prefix_holders
+from .core.cluster import Cluster, TrackedInstance, TrackedRequest, prefix_holders
 from .core.demand import Demand, Tally
 from .core.effects import (
     Decision,
@@ -37,11 +36,8 @@ from .core.effects import (
     Drain,
     Effect,
     Evacuate,
-    Handoff,
     Reject,
     RejectReason,
-    SetLinks,
-    SetRole,
     StopInstance,
     Suspect,
 )
@@ -69,16 +65,16 @@ from .core.instance import InstanceState
 from .core.latency import Coefficients
 from .core.launch import Launching
 from .core.lengths import LengthModel
-from .core.links import KvSource, Links, Split
+from .core.links import Links, Split
 from .core.request import Request, RequestState
 from .core.shares import FairShares
 from .core.stream import Sent, as_asked, due
+from .disaggregation import Disaggregation
 from .policy.budget import CAP_S
 from .policy.catalog import find_policy
-from .policy.handoff import Move
-from .policy.links import LINK_LIMIT_S, plan_links
+from .policy.links import LINK_LIMIT_S
 from .policy.place import PlaceMemory, Placement
-from .policy.roles import RolesMemory, plan_roles
+from .policy.roles import RolesMemory
 from .policy.scale import ScaleConfig
 from .scaling import MIGRATE_S, Scaling, ScalingMemory
 
@@ -115,6 +111,7 @@ class Snapshot:
     links: Links = field(default_factory=Links)
     demand: dict[str, Demand] = field(default_factory=dict)
     roles: RolesMemory = field(default_factory=RolesMemory)
+    placed: PlaceMemory = field(default_factory=PlaceMemory)
     tallies: dict[str, Tally] = field(default_factory=dict)
     launches: dict[str, Launching] = field(default_factory=dict)
     scaling: ScalingMemory = field(default_factory=ScalingMemory)
@@ -132,12 +129,10 @@ class Controller:
         self._policy = find_policy(self._name)
         self._shadow_policy = find_policy(config.policy)
         self.cluster = Cluster()
-        if config.split is not None:
-            self.cluster.links.usual = config.split.link
         self.shadow: Decision | None = None
         self._memory = PlaceMemory()
         self._shadow_memory = PlaceMemory()
-        self._roles = RolesMemory()
+        self._disaggregation = Disaggregation(self.cluster, config.split, self._policy, self._name)
         self._scaling = None if config.scale is None else Scaling(config.scale, config.split)
 
     def handle(self, event: Event, now: float) -> list[Effect]:
@@ -163,7 +158,8 @@ class Controller:
                 if instance is not None:
                     return self._instance_left(instance)
             case InstanceLinked():
-                return self._linked(event, now)
+                ends = self._disaggregation.linked(event)
+                return [effect for one in ends for effect in self._become_ready(one, now)]
             case InstanceDraining():
                 instance = self.cluster.current(event.id, event.epoch)
                 if instance is not None and instance.state is not InstanceState.DRAINING:
@@ -177,13 +173,12 @@ class Controller:
             case GatewayLeft():
                 self._gateway_left(event.gateway)
             case PrefillEnding():
-                return self._hand_over(event, now)
+                return self._disaggregation.hand_over(event, now)
             case HandoffFailed():
-                self._put_back(event, now)
+                self._disaggregation.put_back(event, now)
             case Tick():
                 effects = self._watch(now)
-                if self.config.split is not None and self.config.split.adapt:
-                    effects += self._adapt_roles(now)
+                effects += self._disaggregation.adapt_roles(self.config.models, now)
                 return effects + self._scale(now)
             case LaunchProgressed():
                 if self._scaling is not None:
@@ -206,7 +201,7 @@ class Controller:
         if event.attempt:
             # It was accepted, and is not refused for what happened to its instance: until another is there, or the same
             # tells that it lives, it waits.
-            others = self._for_prompts([instance for instance in ready if instance.id != event.avoid])
+            others = self._disaggregation.for_prompts([instance for instance in ready if instance.id != event.avoid])
             return [self._dispatch(tracked, *self._choose(tracked, others, now), now)] if others else []
         if model not in self.config.models:
             return [self._reject(tracked, "unknown_model", f"no model {model!r} in this fleet", now)]
@@ -216,7 +211,7 @@ class Controller:
             self._scaling.count(self.cluster, tracked, cached, now)
         if not ready:
             return self._hold(tracked, now)
-        ready = self._for_prompts(ready)
+        ready = self._disaggregation.for_prompts(ready)
         backlog_s = min(instance.prefill_s for instance in ready)
         if backlog_s > self.config.max_backlog_s:
             message = f"the shortest queue is {backlog_s:.0f} s long (limit {self.config.max_backlog_s:.0f} s)"
@@ -251,12 +246,12 @@ class Controller:
         for effect in effects:
             if isinstance(effect, Drain):
                 instance = cluster.instances[effect.instance]
-                links += self._unlink(instance) if effect.on else self._link(instance)
+                links += self._disaggregation.unlink(instance) if effect.on else self._disaggregation.link(instance)
             elif isinstance(effect, StopInstance):
-                links += self._relink(targets.get(effect.instance, []))
+                links += self._disaggregation.relink(targets.get(effect.instance, []))
         if effects:
             for instance in self._scaling.draining(cluster):
-                effects += self._migrate(instance, now, MIGRATE_S)
+                effects += self._disaggregation.migrate(instance, now, MIGRATE_S)
         return effects + links
 
     def _dispatch(self, tracked: TrackedRequest, placement: Placement, decision: Decision, now: float) -> Dispatch:
@@ -265,7 +260,7 @@ class Controller:
             self._scaling.demoted(self.cluster, tracked, now)
         if not instance.requests:
             instance.health.alive_at = now
-        tracked.hands_over = self._hands_over(tracked, instance)
+        tracked.hands_over = self._disaggregation.hands_over(tracked, instance)
         self.cluster.bind(tracked, instance)
         return Dispatch(
             tracked.request.id,
@@ -279,96 +274,6 @@ class Controller:
             tracked.hands_over,
         )
 
-    def _for_prompts(self, ready: list[TrackedInstance]) -> list[TrackedInstance]:
-        """Those of ``ready`` that compute prompts; all, where none does."""
-        if self.config.split is None:
-            return ready
-        return [instance for instance in ready if instance.prefill_share > 0.0] or ready
-
-    def _hands_over(self, tracked: TrackedRequest, instance: TrackedInstance) -> bool:
-        """Whether to ask, when its prompt is computed there, where the request decodes."""
-        request = tracked.request
-        return self.config.split is not None and bool(instance.info.kv_address) and request.max_output_tokens > 1
-
-    def _hand_over(self, event: PrefillEnding, now: float) -> list[Effect]:
-        source = self.cluster.current(event.instance, event.epoch)
-        tracked = self.cluster.requests.get(event.id)
-        if self.config.split is None or source is None or tracked is None or event.id not in source.requests:
-            return []
-        source.finish_prompt(tracked)
-        ready = [one for one in self._within_reach(source) if one.prefill_share < 1.0]
-        handoff = self._go_on_elsewhere(tracked, source, ready, event.left_s, now)
-        if handoff is None:
-            source.keep(tracked)
-            return []
-        return [handoff]
-
-    def _migrate(self, source: TrackedInstance, now: float, longer_s: float = 0.0) -> list[Effect]:
-        """What decodes on an instance, and would for longer than ``longer_s``, is to go on elsewhere, with its KV,
-        where its pace can be kept."""
-        step_s = source.latency.decode_s(source.num_decodes, source.decode_kv_tokens)
-        decodes = [
-            tracked
-            for tracked in source.requests.values()
-            if tracked.output_tokens
-            and max(tracked.expected_output_tokens - tracked.output_tokens, 1.0) * step_s > longer_s
-        ]
-        others = self._within_reach(source)
-        # Rather on an instance for prompts than nowhere.
-        ready = [one for one in others if one.prefill_share < 1.0] or others
-        found = (self._go_on_elsewhere(tracked, source, ready, 0.0, now) for tracked in decodes)
-        return [handoff for handoff in found if handoff is not None]
-
-    def _within_reach(self, source: TrackedInstance) -> list[TrackedInstance]:
-        """Where what is on ``source`` can go on: there, and where there is a link; where none was planned, if not."""
-        links = self.cluster.links
-        ready = [one for one in self.cluster.ready(source.info.model) if one.info.kv_address]
-        linked = [one for one in ready if one is source or links.is_up(source.id, one.id)]
-        if any(one is not source for one in linked):
-            return linked
-        return [one for one in ready if one is source or not links.is_planned(source.id, one.id)]
-
-    def _go_on_elsewhere(
-        self,
-        tracked: TrackedRequest,
-        source: TrackedInstance,
-        ready: list[TrackedInstance],
-        left_s: float,
-        now: float,
-    ) -> Handoff | None:
-        """Bind a request whose prompt is computed in ``left_s`` to another of ``ready``, if one is better."""
-        request, links = tracked.request, self.cluster.links
-        if not ready or not source.info.kv_address:
-            return None
-        size = float((request.num_prompt_tokens + tracked.output_tokens) * source.info.kv_bytes_per_token)
-        move = Move(source, left_s, size)
-        target, exposed_s, self._memory = self._policy.decode(now, tracked, move, ready, links, self._memory)
-        if target is None:
-            return None
-        links.add(source.id, target.id, size, now)
-        if not tracked.output_tokens:
-            # The target's first report holds the time on the way too.
-            tracked.missed_first, tracked.first_judged = now + left_s > tracked.first_due, True
-        self._move(tracked, target, now)
-        step_s = target.latency.decode_s(target.num_decodes, target.decode_kv_tokens)
-        ttft_s = now + left_s - tracked.arrived_at
-        e2e_s = ttft_s + exposed_s + max(tracked.expected_output_tokens - 1.0, 0.0) * step_s
-        on_time = ttft_s <= tracked.first_due - tracked.arrived_at and step_s <= tracked.pace_s
-        note = f"decodes after {1e3 * exposed_s:.1f} ms of handoff"
-        return Handoff(
-            request.id,
-            tracked.gateway,
-            source.id,
-            source.info.epoch,
-            source.info.kv_address,
-            target.id,
-            target.info.epoch,
-            target.info.address,
-            tracked.value,
-            max(tracked.expected_output_tokens - tracked.output_tokens, 1.0),
-            Decision(self._name, len(ready), on_time, 0.0, 0.0, ttft_s, e2e_s, 0.0, note),
-        )
-
     def _count_demand(self, now: float, tracked: TrackedRequest, latency: Coefficients) -> None:
         request, output = tracked.request, tracked.expected_output_tokens
         demand = self.cluster.demand.setdefault(request.model, Demand(now))
@@ -376,112 +281,6 @@ class Controller:
         decode_s = latency.output_s(output, request.num_prompt_tokens)
         # With an end-to-end promise each request has a pace of its own: to the millisecond they are few.
         demand.add(prefill_s, decode_s, latency.c0, min(max(round(tracked.pace_s, 3), 1e-3), CAP_S), now)
-
-    def _move(self, tracked: TrackedRequest, instance: TrackedInstance, now: float) -> None:
-        if not instance.requests:
-            instance.health.alive_at = now
-        self.cluster.move(tracked, instance)
-
-    def _put_back(self, event: HandoffFailed, now: float) -> None:
-        tracked = self.cluster.requests.get(event.id)
-        if tracked is None or tracked.state is not RequestState.DISPATCHED:
-            return
-        source = self.cluster.current(event.instance, event.epoch)
-        if source is None:
-            # Its link is down for a moment: it is bound when it joins again.
-            self.cluster.unbind(tracked)
-            tracked.hands_over = False
-            tracked.instance, tracked.epoch = event.instance, event.epoch
-        elif event.id not in source.requests:
-            self._move(tracked, source, now)
-
-    def _adapt_roles(self, now: float) -> list[Effect]:
-        effects: list[Effect] = []
-        for model in self.config.models:
-            demand = self.cluster.demand.get(model)
-            if demand is None:
-                continue
-            changes, self._roles = plan_roles(now, model, self.cluster.ready(model), demand, self._roles)
-            for instance, share, reason in changes:
-                instance.prefill_share, instance.role_at = share, now
-                effects.append(SetRole(instance.id, instance.info.epoch, share, reason))
-                if share == 1.0:
-                    effects += self._migrate(instance, now)
-                effects += self._link(instance)
-        return effects
-
-    def _first_role(self, instance: TrackedInstance, known: float | None, now: float) -> list[Effect]:
-        """What an instance begins as: what it was before, or what is missing."""
-        split = self.config.split
-        if split is None:
-            return []
-        if known is not None:
-            instance.prefill_share, instance.role_at = known, now
-            return []
-        others = [
-            one.prefill_share for one in self.cluster.by_model[instance.info.model].values() if one is not instance
-        ]
-        if others.count(1.0) < split.prefill:
-            share = 1.0
-        elif others.count(0.0) < split.decode:
-            share = 0.0
-        else:
-            share = CONVERTIBLE
-        instance.prefill_share, instance.role_at = share, now
-        return [SetRole(instance.id, instance.info.epoch, share, "it joins")]
-
-    def _link(self, instance: TrackedInstance) -> list[Effect]:
-        """Plan the links of an instance that joined, or whose role changed."""
-        links = self.cluster.links
-        new, given_up = plan_links(instance, self._linkable(instance), links)
-        for target, source in given_up:
-            links.drop(target, source)
-        for target, source in new:
-            links.plan(target, source)
-        return self._set_links(dict.fromkeys(target for target, _ in [*new, *given_up]))
-
-    def _unlink(self, instance: TrackedInstance) -> list[Effect]:
-        """It gets nothing more; what it has goes on elsewhere over the links from it."""
-        links = self.cluster.links
-        sources = list(links.table.get(instance.id, {}))
-        for source in sources:
-            links.drop(instance.id, source)
-        return self._set_links([instance.id] if sources else [])
-
-    def _relink(self, targets: Iterable[str]) -> list[Effect]:
-        """A source of theirs is gone."""
-        effects: list[Effect] = []
-        for target in targets:
-            if target in self.cluster.instances:
-                effects += self._link(self.cluster.instances[target]) or self._set_links([target])
-        return effects
-
-    def _linkable(self, instance: TrackedInstance) -> list[TrackedInstance]:
-        if self.config.split is None or not instance.info.kv_address:
-            return []
-        others = self.cluster.by_model[instance.info.model].values()
-        return [
-            one
-            for one in others
-            if one is not instance and one.info.kv_address and one.state is not InstanceState.DRAINING
-        ]
-
-    def _set_links(self, targets: Iterable[str]) -> list[Effect]:
-        instances, links = self.cluster.instances, self.cluster.links
-        effects: list[Effect] = []
-        for id in targets:
-            infos = [instances[source].info for source in links.table.get(id, {})]
-            sources = tuple(KvSource(info.kv_address, info.id, info.epoch) for info in infos)
-            effects.append(SetLinks(id, instances[id].info.epoch, sources))
-        return effects
-
-    def _linked(self, event: InstanceLinked, now: float) -> list[Effect]:
-        target = self.cluster.current(event.id, event.epoch)
-        source = self.cluster.current(event.source, event.source_epoch)
-        if target is None or source is None:
-            return []
-        self.cluster.links.heard(target.id, source.id, event.link)
-        return [effect for one in (target, source) for effect in self._become_ready(one, now)]
 
     def _become_ready(self, instance: TrackedInstance, now: float) -> list[Effect]:
         """A newcomer takes work once it is linked with the others, or has tried for LINK_LIMIT_S."""
@@ -594,19 +393,19 @@ class Controller:
         for tracked in self.cluster.requests.values():
             if tracked.instance == info.id and tracked.epoch == info.epoch:
                 instance.bind(tracked)
-        effects += self._first_role(instance, event.prefill_share, now)
+        effects += self._disaggregation.first_role(instance, event.prefill_share, now)
         if event.draining:
             instance.move(InstanceState.READY)
             instance.move(InstanceState.DRAINING)
             return effects
-        effects += self._link(instance)
+        effects += self._disaggregation.link(instance)
         if event.served:
             instance.move(InstanceState.READY)
             return [*effects, *self._place_waiting(info.model, now)]
         return [*effects, *self._become_ready(instance, now)]
 
     def _place_waiting(self, model: str, now: float) -> list[Effect]:
-        ready = self._for_prompts(self.cluster.ready(model))
+        ready = self._disaggregation.for_prompts(self.cluster.ready(model))
         waiting = [tracked for tracked in self.cluster.waiting.values() if tracked.request.model == model]
         return [self._dispatch(tracked, *self._choose(tracked, ready, now), now) for tracked in waiting if ready]
 
@@ -618,7 +417,7 @@ class Controller:
             others = self._stop_placing(instance, now)
         elif instance.state is InstanceState.DRAINING:
             instance.move(InstanceState.READY)
-            others = self._link(instance)
+            others = self._disaggregation.link(instance)
         else:
             return []
         # What could go nowhere else runs to its end here.
@@ -630,7 +429,7 @@ class Controller:
             instance.move(InstanceState.READY)
         if instance.takes_work:
             instance.move(InstanceState.DRAINING)
-        return [*self._migrate(instance, now), *self._unlink(instance)]
+        return [*self._disaggregation.migrate(instance, now), *self._disaggregation.unlink(instance)]
 
     def _watch(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
@@ -656,7 +455,7 @@ class Controller:
         # Gateways of its requests know what was sent: they ask where to go on.
         targets = list(self.cluster.links.targets.get(instance.id, []))
         self.cluster.leave(instance)
-        return self._relink(targets)
+        return self._disaggregation.relink(targets)
 
     def _adopt(self, opened: OpenRequest, gateway: str, now: float) -> None:
         tracked = self._track(opened.request, gateway, now - opened.age_s, opened.sent)
@@ -691,7 +490,8 @@ class Controller:
             cluster.shares,
             cluster.links,
             cluster.demand,
-            self._roles,
+            self._disaggregation.roles,
+            self._disaggregation.placed,
             cluster.tallies,
             cluster.launches,
             ScalingMemory() if self._scaling is None else self._scaling.memory,
@@ -708,7 +508,9 @@ class Controller:
             cluster.track(tracked)
         cluster.lengths, cluster.shares, cluster.links = snapshot.lengths, snapshot.shares, snapshot.links
         controller._memory, controller._shadow_memory = snapshot.memory, snapshot.shadow_memory
-        cluster.demand, controller._roles = snapshot.demand, snapshot.roles
+        cluster.demand = snapshot.demand
+        disaggregation = controller._disaggregation
+        disaggregation.roles, disaggregation.placed = snapshot.roles, snapshot.placed
         cluster.tallies, cluster.launches = snapshot.tallies, snapshot.launches
         if controller._scaling is not None:
             controller._scaling.memory = snapshot.scaling
