@@ -11,9 +11,16 @@ from tests.unit.runtime.support import arrival, info, join, report
 
 from hyperflexis import wire
 from hyperflexis.controller import Controller, ControllerConfig
-from hyperflexis.core.effects import Dispatch, Handoff, Reject, SetRole
-from hyperflexis.core.events import GatewayJoined, HandoffFailed, InstanceJoined, InstanceReported, PrefillEnding
-from hyperflexis.core.links import Split
+from hyperflexis.core.effects import Dispatch, Handoff, Reject, SetLinks, SetRole
+from hyperflexis.core.events import (
+    GatewayJoined,
+    HandoffFailed,
+    InstanceJoined,
+    InstanceLinked,
+    InstanceReported,
+    PrefillEnding,
+)
+from hyperflexis.core.links import KvSource, Link, Split
 from hyperflexis.runtime.journal import Entry, read_journal
 from hyperflexis.runtime.server import Server, ServerConfig
 
@@ -181,6 +188,11 @@ async def test_a_request_is_handed_over_by_order_of_the_controller(tmp_path: Pat
             links[name].send(InstanceJoined(info(name, kv_address=f"unix:/kv-{name}")))
             roles[name] = (await heard.get(SetRole)).prefill_share
         assert roles == {"a": 1.0, "b": 0.0}
+        order = await heard.get(SetLinks)
+        assert order.sources == (KvSource("unix:/kv-a", "a", 1),)
+        links["b"].send(InstanceLinked("b", 0, "a", 1, Link()))  # of an epoch that has been replaced
+        for target, source in (("b", "a"), ("a", "b")):
+            links[target].send(InstanceLinked(target, 1, source, 1, Link()))
         gateway, heard = await join(address, "gateway", "g")
         gateway.send(GatewayJoined("g"))
         gateway.send(arrival("r"))
