@@ -8,9 +8,12 @@ something else stands for the swapped part.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from types import ModuleType
 from typing import Any
+
+from hyperflexis.policy.catalog import POLICIES, STEPS, Policy, StepFunctions
 
 
 def altered(module: ModuleType, **parts: Any) -> ModuleType:
@@ -28,3 +31,9 @@ def altered(module: ModuleType, **parts: Any) -> ModuleType:
             raise AttributeError(f"{module.__name__} has no {name}: this ablation swaps what is not there any more")
         setattr(copy, name, part)
     return copy
+
+
+def stepping(name: str, step: ModuleType) -> Policy:
+    """HyperFlexis with another ``policy/step.py``, which is known by ``name`` from now on."""
+    STEPS[name] = StepFunctions(step.plan, step.victim)
+    return replace(POLICIES["hyperflexis"], step=name)

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.ablations import altered
+from benchmarks.ablations import altered, stepping
 
-from hyperflexis.policy import place as placement
 from hyperflexis.policy import step
 
 
@@ -15,4 +14,4 @@ def everything(ordered: Sequence[Any], start: float = 0.0, speed: float = 1.0) -
 
 
 swapped = altered(step, on_time_subset=everything)
-place, plan, victim = placement.place, swapped.plan, swapped.victim
+POLICY = stepping(__name__, swapped)

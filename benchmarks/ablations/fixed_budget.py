@@ -2,10 +2,9 @@
 
 from collections.abc import Iterable
 
-from benchmarks.ablations import altered
+from benchmarks.ablations import altered, stepping
 
 from hyperflexis.policy import budget, step
-from hyperflexis.policy import place as placement
 
 
 def iteration_s(now: float, running: Iterable[budget.Pace], decode_s: float, q90: float = 0.0) -> float:
@@ -14,4 +13,4 @@ def iteration_s(now: float, running: Iterable[budget.Pace], decode_s: float, q90
 
 
 swapped = altered(step, budget=altered(budget, iteration_s=iteration_s))
-place, plan, victim = placement.place, swapped.plan, swapped.victim
+POLICY = stepping(__name__, swapped)

@@ -2,10 +2,9 @@
 
 from math import inf
 
-from benchmarks.ablations import altered
+from benchmarks.ablations import altered, stepping
 
-from hyperflexis.policy import place as placement
 from hyperflexis.policy import step
 
 swapped = altered(step, _thrifty_s=lambda *_: inf)
-place, plan, victim = placement.place, swapped.plan, swapped.victim
+POLICY = stepping(__name__, swapped)

@@ -1,6 +1,8 @@
 """Placement by the fewest seconds of prompts to compute, whatever becomes late by it."""
 
-from hyperflexis.policy.baselines.place import least_work
-from hyperflexis.policy.catalog import Policy
+from dataclasses import replace
 
-POLICY = Policy(least_work, "hyperflexis")
+from hyperflexis.policy.baselines.place import least_work
+from hyperflexis.policy.catalog import POLICIES
+
+POLICY = replace(POLICIES["hyperflexis"], place=least_work)

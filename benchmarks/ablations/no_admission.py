@@ -2,10 +2,9 @@
 
 from math import inf
 
-from benchmarks.ablations import altered
+from benchmarks.ablations import altered, stepping
 
 from hyperflexis.policy import budget, step
-from hyperflexis.policy import place as placement
 
 swapped = altered(step, budget=altered(budget, PACE_MARGIN=inf))
-place, plan, victim = placement.place, swapped.plan, swapped.victim
+POLICY = stepping(__name__, swapped)

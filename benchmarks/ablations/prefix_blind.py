@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from hyperflexis.core.cluster import TrackedInstance, TrackedRequest
 from hyperflexis.policy import place as hyperflexis
-from hyperflexis.policy.catalog import Policy
+from hyperflexis.policy.catalog import POLICIES
 from hyperflexis.policy.place import PlaceMemory, Placement
 
 
@@ -19,4 +19,4 @@ def place(
     return hyperflexis.place(now, unseen, ready, memory)
 
 
-POLICY = Policy(place, "hyperflexis")
+POLICY = replace(POLICIES["hyperflexis"], place=place)

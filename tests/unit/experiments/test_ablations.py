@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from benchmarks.experiments.parts import find_parts, what
 from hyperflexis.core.slo import Slo
 from hyperflexis.engines.profiles import load_profile
 from hyperflexis.policy import budget, step
+from hyperflexis.policy.catalog import POLICIES, Policy
 from hyperflexis.policy_file import load_policy
 from hyperflexis.sim.config import SimConfig
 from hyperflexis.sim.driver import simulate
@@ -38,3 +40,11 @@ def test_every_ablation_is_a_policy_that_serves(part: str) -> None:
     result = simulate(SimConfig(load_profile("h100-llama-3.1-8b"), 2, name, rules), ARRIVALS, 2.0)
     assert {record.outcome for record in result.run.records} == {"finished"}
     assert what(part) and not what(part).endswith(".")
+
+
+@pytest.mark.parametrize("part", find_parts(), ids=lambda part: Path(part).stem)
+def test_an_ablation_differs_in_one_part(part: str) -> None:
+    _, rules = load_policy(str(ROOT / part))
+    shipped = POLICIES["hyperflexis"]
+    names = [one.name for one in fields(Policy) if getattr(rules, one.name) != getattr(shipped, one.name)]
+    assert len(names) == 1
