@@ -147,8 +147,7 @@ def _give(place: Place, layout: WeightLayout, ready: Any, over: Any, rate: float
     shard.publish(Manifest(layout, shard.digests()))
     server = WeightServer(place.address, shard, "0", 1, TOKEN)
     server.bucket.set_rate(rate)
-    assert shard.manifest is not None
-    ready.put((server.address, shard.manifest.digest))
+    ready.put((0, server.address))
     over.wait()
     server.close()
 
@@ -159,7 +158,7 @@ def _receive(
     place.enter()
     shard = Shard(layout, Arena(layout.size, tcp.is_local(place.address)))
     server = WeightServer(place.address, shard, str(number), 1, TOKEN)
-    ready.put(server.address)
+    ready.put((number, server.address))
     while (sources := go.get()) is not None:
         began = time.perf_counter()
         attempts = Fetcher(shard, config).run(sources)
@@ -174,7 +173,7 @@ def _child(target: Callable[..., None], *args: Any) -> tuple[Any, Any]:
     """A process, and what it says first; its last argument is the queue for that."""
     context = multiprocessing.get_context("spawn")
     ready = context.Queue()
-    process = context.Process(target=target, args=(*args, ready))
+    process = context.Process(target=target, args=(*args, ready), daemon=True)
     process.start()
     return process, ready.get(timeout=LIMIT_S)
 
@@ -187,18 +186,17 @@ class Chain:
         context = multiprocessing.get_context("spawn")
         self._over, self._told = context.Event(), context.Queue()
         ready = context.Queue()
-        self._processes = [context.Process(target=_give, args=(places[0], layout, ready, self._over, rate))]
-        self._processes[0].start()
-        address, self.digest = ready.get(timeout=LIMIT_S)
-        self.sources = [Source(address, "0", 1)]
-        self._go = []
-        for number, place in enumerate(places[1:], 1):
-            go = context.Queue()
+        self._processes = [
+            context.Process(target=_give, args=(places[0], layout, ready, self._over, rate), daemon=True)
+        ]
+        self._go = [context.Queue() for _ in places[1:]]
+        for number, (place, go) in enumerate(zip(places[1:], self._go, strict=True), 1):
             args = (place, number, layout, config, self._told, ready, go)
-            self._processes.append(context.Process(target=_receive, args=args))
-            self._processes[-1].start()
-            self.sources.append(Source(ready.get(timeout=LIMIT_S), str(number), 1))
-            self._go.append(go)
+            self._processes.append(context.Process(target=_receive, args=args, daemon=True))
+        for process in self._processes:
+            process.start()
+        addresses = dict(ready.get(timeout=LIMIT_S) for _ in places)
+        self.sources = [Source(addresses[number], str(number), 1) for number in range(len(places))]
 
     def run(self, star: bool = False, kill: int | None = None, kill_after_s: float = 0.0) -> dict[int, Reception]:
         """All receive at once, each from the one before it, or in a ``star`` from the source. ``kill``: one dies after

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests.contract.support import LIMIT_S
 from tests.unit.engines.test_host import Peer, gateway_at
 
 from hyperflexis import wire
@@ -22,6 +21,9 @@ from hyperflexis.core.weights import InstanceStandby, LoadWeights, SetSendRate, 
 from hyperflexis.make_model import Recipe, make_model
 
 pytest.importorskip("torch", reason="the torch engine needs PyTorch")
+
+START_LIMIT_S = 120.0
+"""Three processes that import PyTorch at once, on a busy machine."""
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,7 @@ async def instance(name: str, model: Path, folder: Path, tcp: bool, standby: boo
         sys.executable, "-m", "hyperflexis", "instance", *words, env={**os.environ, "HYPERFLEXIS_KV_TOKEN": "fleet"}
     )
     try:
-        async with asyncio.timeout(LIMIT_S):
+        async with asyncio.timeout(START_LIMIT_S):
             while not controller.links:
                 await asyncio.sleep(0.05)
         yield Instance(name, process, controller, folder)
