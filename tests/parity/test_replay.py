@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from tests.parity.replay import replay
-from tests.unit.runtime.support import arrival, info, join, report
+from tests.unit.runtime.support import Instance, arrival, info, join, report
 
 from hyperflexis import wire
 from hyperflexis.controller import Controller, ControllerConfig
@@ -46,7 +46,7 @@ async def play(address: str, server: Server, flush_every: int) -> None:
         gateways[name] = (link, heard)
     instances = {}
     for name in ("a", "b", "c"):
-        link, _ = await join(address, "instance", name)
+        link, _ = await join(address, "instance", name, Instance)
         link.send(InstanceJoined(info(name, kv_address=f"unix:/kv-{name}")))
         instances[name] = link
     for _, heard in gateways.values():
@@ -77,7 +77,7 @@ async def play(address: str, server: Server, flush_every: int) -> None:
         if number == 60:
             instances["c"].close()
             await heard.get(wire.Fleet, lambda fleet: "c" not in fleet.models["tiny"].ready)
-            instances["c"], _ = await join(address, "instance", "c")
+            instances["c"], _ = await join(address, "instance", "c", Instance)
             instances["c"].send(InstanceJoined(info("c", epoch=2, kv_address="unix:/kv-c")))
             await heard.get(wire.Fleet, lambda fleet: "c" in fleet.models["tiny"].ready)
         if number % flush_every == flush_every - 1:

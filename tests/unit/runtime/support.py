@@ -6,9 +6,11 @@ import asyncio
 from typing import Any
 
 from hyperflexis import wire
-from hyperflexis.core.events import RequestArrived
+from hyperflexis.core.effects import SetLinks
+from hyperflexis.core.events import InstanceLinked, RequestArrived
 from hyperflexis.core.instance import InstanceInfo, InstanceReport
 from hyperflexis.core.latency import Coefficients
+from hyperflexis.core.links import Link
 from hyperflexis.core.request import Request
 from hyperflexis.core.slo import Slo
 
@@ -40,8 +42,18 @@ class Recorder:
                     return message
 
 
-async def join(address: str, role: str, id: str) -> tuple[wire.Link, Recorder]:
-    recorder = Recorder()
+class Instance(Recorder):
+    """It is linked as soon as it is told to."""
+
+    def message_received(self, link: wire.Link, message: Any) -> None:
+        if isinstance(message, SetLinks):
+            for source in message.sources:
+                link.send(InstanceLinked(message.instance, message.epoch, source.instance, source.epoch, Link()))
+        super().message_received(link, message)
+
+
+async def join(address: str, role: str, id: str, kind: type[Recorder] = Recorder) -> tuple[wire.Link, Recorder]:
+    recorder = kind()
     link = await wire.connect(address, recorder, wire.Hello(wire.VERSION, role, id))
     async with asyncio.timeout(5):
         await recorder.made
