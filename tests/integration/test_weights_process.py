@@ -90,7 +90,7 @@ async def instance(name: str, model: Path, folder: Path, tcp: bool, standby: boo
         server.close()
 
 
-@pytest.mark.parametrize(("tcp", "killed"), [(True, "b"), (False, "b"), (True, "a"), (True, None)])
+@pytest.mark.parametrize(("tcp", "killed"), [(True, "b"), (False, "b"), (True, "a")])
 async def test_a_chain_of_processes(model: Path, tmp_path: Path, tcp: bool, killed: str | None) -> None:
     """a serves; b gets its weights from a, c from b. Whoever is killed half way, c has them in the end."""
     async with AsyncExitStack() as stack:

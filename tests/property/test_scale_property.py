@@ -61,7 +61,7 @@ def poisson(load: float, seconds: int, seed: int) -> list[Sample]:
     return found
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.floats(0.0, 40.0), st.sampled_from((2.0, 20.0, 60.0, 400.0)), st.integers(0, 30))
 def test_even_demand_leaves_the_plan_alone_once_it_has_settled(load: float, start_s: float, first: int) -> None:
     # The margin goes down until requests miss, and here none does: it has reached its least after 1.1 / 0.0005 s.
@@ -77,7 +77,7 @@ def test_independent_arrivals_turn_the_plan_at_most_ten_times_an_hour(load: floa
     assert turns(plan[600:]) <= 10
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.floats(5.0, 30.0), st.sampled_from((2.0, 20.0, 60.0)), st.sampled_from((1800.0, 3600.0)))
 def test_a_sine_turns_the_plan_when_it_turns(mean: float, start_s: float, period_s: float) -> None:
     periods = 4
