@@ -40,7 +40,7 @@ def test_a_disk_without_room_is_told_before_anything_is_made(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("torch", reason="the bench needs PyTorch")
-    assert main(["transfer", "bench", "--size", "900000GiB", "--scratch", str(tmp_path)]) == 2
+    assert main(["transfer", "bench", "--size", "9000GiB", "--scratch", str(tmp_path)]) == 2
     assert "GB free" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 

@@ -196,19 +196,19 @@ def test_only_what_the_target_does_not_have_travels(source: Source) -> None:
 
 
 def test_a_target_without_room_holds_up_the_link_and_not_the_source(source: Source) -> None:
-    target, memory = Target(source, room=10, num_tokens=200_000), Memory(200_000)
+    target, memory = Target(source, room=10, num_tokens=1_000_000), Memory(1_000_000)
     outgoing = admitted(source, memory)
-    for end in range(0, 200_001, 1000):  # far more than the link holds
+    for end in range(0, 1_000_001, 5000):  # far more than the link holds
         for layer in range(LAYERS):
             outgoing.layer_computed(layer, end)
         outgoing.computed(end)
     told = target.hears()
     assert isinstance(told, NeedsRoom) and told.num_tokens > 10
     assert outgoing.left > 0
-    target.incoming.grow(200_000)
+    target.incoming.grow(1_000_000)
     wait(lambda: outgoing.left == 0)
     assert outgoing.left_s == 0.0
-    assert outgoing.park(199_999 + 1, [5], 0.0, b"")
+    assert outgoing.park(1_000_000, [5], 0.0, b"")
     assert isinstance(target.hears(), Offered)
     assert target.memory.layers == memory.layers
     target.incoming.refuse("enough")
