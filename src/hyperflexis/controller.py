@@ -28,7 +28,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from .core.cluster import Cluster, TrackedInstance, TrackedRequest, prefix_holders
+from .core.cluster import Cluster, TrackedInstance, TrackedRequest, cached_tokens
 from .core.demand import Demand, Tally
 from .core.effects import (
     Decision,
@@ -38,7 +38,6 @@ from .core.effects import (
     Evacuate,
     Reject,
     RejectReason,
-    StopInstance,
     Suspect,
 )
 from .core.events import (
@@ -62,7 +61,7 @@ from .core.events import (
     Tick,
 )
 from .core.instance import InstanceState
-from .core.latency import Coefficients
+from .core.latency import Coefficients, share_left
 from .core.launch import Launching
 from .core.lengths import LengthModel
 from .core.links import Links, Split
@@ -206,9 +205,7 @@ class Controller:
         if model not in self.config.models:
             return [self._reject(tracked, "unknown_model", f"no model {model!r} in this fleet", now)]
         if self._scaling is not None:
-            holders = prefix_holders(event.request, ready)
-            cached = max((one.prefix_hit_tokens(event.request) for one in holders), default=0)
-            self._scaling.count(self.cluster, tracked, cached, now)
+            self._scaling.count(self.cluster, tracked, cached_tokens(event.request, ready), now)
         if not ready:
             return self._hold(tracked, now)
         ready = self._disaggregation.for_prompts(ready)
@@ -240,15 +237,12 @@ class Controller:
         if self._scaling is None:
             return []
         cluster = self.cluster
-        targets = {one.id: list(cluster.links.targets.get(one.id, [])) for one in self._scaling.draining(cluster)}
         effects = self._scaling.plan(cluster, now)
-        links: list[Effect] = []
+        links = self._disaggregation.relink()
         for effect in effects:
             if isinstance(effect, Drain):
                 instance = cluster.instances[effect.instance]
                 links += self._disaggregation.unlink(instance) if effect.on else self._disaggregation.link(instance)
-            elif isinstance(effect, StopInstance):
-                links += self._disaggregation.relink(targets.get(effect.instance, []))
         if effects:
             for instance in self._scaling.draining(cluster):
                 effects += self._disaggregation.migrate(instance, now, MIGRATE_S)
@@ -258,10 +252,8 @@ class Controller:
         instance = self.cluster.instances[placement.instance]
         if self._scaling is not None and not decision.on_time:
             self._scaling.demoted(self.cluster, tracked, now)
-        if not instance.requests:
-            instance.health.alive_at = now
         tracked.hands_over = self._disaggregation.hands_over(tracked, instance)
-        self.cluster.bind(tracked, instance)
+        self.cluster.bind(tracked, instance, now)
         return Dispatch(
             tracked.request.id,
             tracked.gateway,
@@ -277,15 +269,16 @@ class Controller:
     def _count_demand(self, now: float, tracked: TrackedRequest, latency: Coefficients) -> None:
         request, output = tracked.request, tracked.expected_output_tokens
         demand = self.cluster.demand.setdefault(request.model, Demand(now))
-        prefill_s = latency.prefill_s(request.num_prompt_tokens) / max(1.0 - latency.c0 / CAP_S, 0.1)
+        prefill_s = latency.prefill_s(request.num_prompt_tokens) / share_left(latency.c0, CAP_S)
         decode_s = latency.output_s(output, request.num_prompt_tokens)
         # With an end-to-end promise each request has a pace of its own: to the millisecond they are few.
         demand.add(prefill_s, decode_s, latency.c0, min(max(round(tracked.pace_s, 3), 1e-3), CAP_S), now)
 
     def _become_ready(self, instance: TrackedInstance, now: float) -> list[Effect]:
         """A newcomer takes work once it is linked with the others, or has tried for LINK_LIMIT_S."""
-        waits = self.cluster.links.awaits(instance.id) and now - instance.role_at < LINK_LIMIT_S
-        if instance.state is not InstanceState.LOADING or waits:
+        if instance.state is not InstanceState.LOADING:
+            return []
+        if self.cluster.links.awaits(instance.id) and now - instance.role_at < LINK_LIMIT_S:
             return []
         instance.move(InstanceState.READY)
         instance.health.alive_at = now
@@ -334,11 +327,11 @@ class Controller:
         the KV cache of any has."""
         request = tracked.request
         latency = ready[0].latency
-        hit = max((one.prefix_hit_tokens(request) for one in prefix_holders(request, ready)), default=0)
+        hit = cached_tokens(request, ready)
         work_s = latency.prefill_s(request.num_prompt_tokens - hit, hit)
         work_s += latency.output_s(tracked.expected_output_tokens, request.num_prompt_tokens)
         # An instance that keeps this pace spends c0 of each step on nothing.
-        cost_s = work_s / max(1.0 - latency.c0 / max(tracked.pace_s, 1e-6), 0.1)
+        cost_s = work_s / share_left(latency.c0, max(tracked.pace_s, 1e-6))
         shares = self.cluster.shares.setdefault(request.model, FairShares())
         return shares.discount(request.tenant, request.weight, request.value, cost_s, len(ready), now)
 
@@ -453,9 +446,8 @@ class Controller:
 
     def _instance_left(self, instance: TrackedInstance) -> list[Effect]:
         # Gateways of its requests know what was sent: they ask where to go on.
-        targets = list(self.cluster.links.targets.get(instance.id, []))
         self.cluster.leave(instance)
-        return self._disaggregation.relink(targets)
+        return self._disaggregation.relink()
 
     def _adopt(self, opened: OpenRequest, gateway: str, now: float) -> None:
         tracked = self._track(opened.request, gateway, now - opened.age_s, opened.sent)

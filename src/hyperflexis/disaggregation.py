@@ -95,7 +95,7 @@ class Disaggregation:
             tracked.hands_over = False
             tracked.instance, tracked.epoch = event.instance, event.epoch
         elif event.id not in source.requests:
-            self._move(tracked, source, now)
+            self._cluster.move(tracked, source, now)
 
     def _within_reach(self, source: TrackedInstance) -> list[TrackedInstance]:
         """Where what is on ``source`` can go on: there, and where there is a link; where none was planned, if not."""
@@ -127,7 +127,7 @@ class Disaggregation:
         if not tracked.output_tokens:
             # The target's first report holds the time on the way too.
             tracked.missed_first, tracked.first_judged = now + left_s > tracked.first_due, True
-        self._move(tracked, target, now)
+        self._cluster.move(tracked, target, now)
         step_s = target.latency.decode_s(target.num_decodes, target.decode_kv_tokens)
         ttft_s = now + left_s - tracked.arrived_at
         e2e_s = ttft_s + exposed_s + max(tracked.expected_output_tokens - 1.0, 0.0) * step_s
@@ -146,11 +146,6 @@ class Disaggregation:
             max(tracked.expected_output_tokens - tracked.output_tokens, 1.0),
             Decision(self._name, len(ready), on_time, 0.0, 0.0, ttft_s, e2e_s, 0.0, note),
         )
-
-    def _move(self, tracked: TrackedRequest, instance: TrackedInstance, now: float) -> None:
-        if not instance.requests:
-            instance.health.alive_at = now
-        self._cluster.move(tracked, instance)
 
     def adapt_roles(self, models: Sequence[str], now: float) -> list[Effect]:
         """Let each model's roles follow its needs, if they are to."""
@@ -208,10 +203,10 @@ class Disaggregation:
             links.drop(instance.id, source)
         return self._set_links([instance.id] if sources else [])
 
-    def relink(self, targets: Iterable[str]) -> list[Effect]:
-        """A source of theirs is gone."""
+    def relink(self) -> list[Effect]:
+        """Those whose source is gone may get another."""
         effects: list[Effect] = []
-        for target in targets:
+        for target in self._cluster.links.take_orphans():
             if target in self._cluster.instances:
                 effects += self.link(self._cluster.instances[target]) or self._set_links([target])
         return effects

@@ -21,7 +21,7 @@ from .core.cluster import CONVERTIBLE, Cluster, TrackedInstance, TrackedRequest
 from .core.effects import Drain, Effect, Launch, Planned, StopInstance
 from .core.events import LaunchFailed, LaunchProgressed
 from .core.instance import InstanceState
-from .core.latency import Coefficients
+from .core.latency import Coefficients, share_left
 from .core.launch import Launching, Means
 from .core.links import Split
 from .policy.budget import CAP_S
@@ -50,8 +50,6 @@ MOST_WAIT_S = 60.0
 MOST_AVOIDED = 8
 LEARN = 0.3
 """Share of the news in what a start is known to take, where it was faster; slower ones count at once."""
-LEAST_SHARE = 0.1
-"""What c0 leaves of an iteration, at least: paces that nobody can keep must not ask for a fleet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +98,9 @@ class Scaling:
             return
         request, output = tracked.request, tracked.expected_output_tokens
         pace_s = max(min(tracked.pace_s, CAP_S), 1e-3)
-        share = max(1.0 - latency.c0 / pace_s, LEAST_SHARE)
+        share = share_left(latency.c0, pace_s)
         # Where prompts are computed alone, iterations are as long as they may be.
-        prompt_share = share if self._split is None else max(1.0 - latency.c0 / CAP_S, LEAST_SHARE)
+        prompt_share = share if self._split is None else share_left(latency.c0, CAP_S)
         prompt_s = latency.prefill_s(request.num_prompt_tokens - cached, cached) if arrives else 0.0
         left = output - tracked.output_tokens
         decode_s = latency.output_s(max(left, 1.0), request.num_prompt_tokens + tracked.output_tokens) / share
@@ -240,12 +238,14 @@ class Scaling:
         instances = list(cluster.by_model.get(model, {}).values())
         ready = [one for one in instances if one.takes_work]
         shells = sum(one.shell for one in self._launches(cluster, model) if one.state is InstanceState.STANDBY)
+        # It has joined, and takes work in a moment.
+        linking = sum(one.state is InstanceState.LOADING for one in instances)
         starts = self._start_s(model)
         held = sum(tracked.request.model == model for tracked in cluster.waiting.values())
         return Seen(
             now,
             cluster.tally(model, now).take(now),
-            len(ready) + sum(not one.shell for one in self._launches(cluster, model)),
+            len(ready) + linking + sum(not one.shell for one in self._launches(cluster, model)),
             len(ready),
             held + sum(len(one.requests) for one in instances),
             held,

@@ -9,7 +9,7 @@ from tests.unit.test_controller import MODEL as LATENCY
 from tests.unit.test_controller import info, report, request
 
 from hyperflexis.controller import Controller, ControllerConfig
-from hyperflexis.core.effects import Dispatch, Drain, Effect, Handoff, Launch, Planned, Reject, StopInstance
+from hyperflexis.core.effects import Dispatch, Drain, Effect, Handoff, Launch, Planned, Reject, SetLinks, StopInstance
 from hyperflexis.core.events import (
     DrainAsked,
     GatewayJoined,
@@ -24,6 +24,7 @@ from hyperflexis.core.events import (
     Tick,
 )
 from hyperflexis.core.instance import InstanceState, RequestProgress
+from hyperflexis.core.links import Split
 from hyperflexis.core.request import Request
 from hyperflexis.errors import ConfigError
 from hyperflexis.policy.scale import ModelScale, ScaleConfig
@@ -237,3 +238,28 @@ def test_an_instance_keeps_taking_work_while_the_fleet_is_as_it_should_be():
 def test_a_scaler_that_there_is_not_is_refused(spec):
     with pytest.raises(ConfigError, match="scaler"):
         Controller(ControllerConfig(("m",), scale=ScaleConfig((ModelScale("m"),), policy=spec)))
+
+
+def split_fleet(instances: int, policy: str) -> Controller:
+    """They have joined; nothing was heard of their links yet."""
+    scale = ScaleConfig((ModelScale("m", start_s={"disk": 10.0}, latency=LATENCY),), None, policy)
+    made = Controller(ControllerConfig(("m",), scale=scale, split=Split()))
+    for i in range(instances):
+        made.handle(InstanceJoined(info(f"i{i}", kv_address=f"unix:kv{i}", kv_bytes_per_token=1)), 0.0)
+    return made
+
+
+def test_one_that_is_still_to_be_linked_is_not_launched_for_again():
+    c = split_fleet(2, "fixed@2")
+    assert [one.id for one in c.cluster.ready("m")] == ["i0"]
+    assert not of(Launch, tick(c, 1.0))
+
+
+def test_an_instance_that_is_stopped_is_unlinked_from_the_others():
+    c = split_fleet(3, "fixed@2")
+    effects = [effect for second in range(1, 60) for effect in tick(c, float(second))]
+    (stopped,) = of(StopInstance, effects)
+    left = [id for id in ("i0", "i1", "i2") if id != stopped.instance]
+    after = effects[effects.index(stopped) :]
+    told = {order.instance: [source.instance for source in order.sources] for order in of(SetLinks, after)}
+    assert told == {left[0]: [left[1]], left[1]: [left[0]]}

@@ -272,6 +272,11 @@ def prefix_holders(request: Request, instances: Iterable[TrackedInstance]) -> li
     return [instance for instance in instances if first in instance.prefixes.recent]
 
 
+def cached_tokens(request: Request, instances: Iterable[TrackedInstance]) -> int:
+    """Leading prompt tokens that are expected in the KV cache of some instance."""
+    return max((one.prefix_hit_tokens(request) for one in prefix_holders(request, instances)), default=0)
+
+
 class Cluster:
     """All instances, by model, all requests in flight, those of them that are ``waiting`` for an instance, what their
     outputs' lengths were so far, the shares of each model's tenants, the links between instances, and what each model's
@@ -321,13 +326,12 @@ class Cluster:
         self.by_model.setdefault(instance.info.model, {})[instance.id] = instance
         self.requests.update(instance.requests)
 
-    def leave(self, instance: TrackedInstance, state: InstanceState = InstanceState.LOST) -> list[TrackedRequest]:
-        """Mark it LOST or STOPPED and drop it; returns the requests that were bound to it."""
+    def leave(self, instance: TrackedInstance, state: InstanceState = InstanceState.LOST) -> None:
+        """Mark it LOST or STOPPED and drop it."""
         instance.move(state)
         del self.instances[instance.id]
         del self.by_model[instance.info.model][instance.id]
         self.links.forget(instance.id)
-        return list(instance.requests.values())
 
     def track(self, tracked: TrackedRequest) -> None:
         """Add a request."""
@@ -335,17 +339,21 @@ class Cluster:
         if tracked.state is RequestState.WAITING:
             self.waiting[tracked.request.id] = tracked
 
-    def bind(self, tracked: TrackedRequest, instance: TrackedInstance) -> None:
+    def bind(self, tracked: TrackedRequest, instance: TrackedInstance, now: float) -> None:
         """WAITING -> DISPATCHED on ``instance``."""
         tracked.move(RequestState.DISPATCHED)
         del self.waiting[tracked.request.id]
-        tracked.instance, tracked.epoch = instance.id, instance.info.epoch
-        instance.bind(tracked)
+        self._put(tracked, instance, now)
 
-    def move(self, tracked: TrackedRequest, instance: TrackedInstance) -> None:
+    def move(self, tracked: TrackedRequest, instance: TrackedInstance, now: float) -> None:
         """A dispatched request whose prompt is computed goes on at another instance."""
         self.unbind(tracked)
         tracked.hands_over = False
+        self._put(tracked, instance, now)
+
+    def _put(self, tracked: TrackedRequest, instance: TrackedInstance, now: float) -> None:
+        if not instance.requests:
+            instance.health.alive_at = now  # it had nothing to show before
         tracked.instance, tracked.epoch = instance.id, instance.info.epoch
         instance.bind(tracked)
 

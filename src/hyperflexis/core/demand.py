@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import ceil, exp, inf
 
+from .latency import share_left
+
 FAST_S, SLOW_S = 5.0, 30.0
 """Seconds after which a request counts a third in the fast and in the slow rate."""
 
@@ -62,7 +64,7 @@ class Demand:
     def decode(self, now: float) -> float:
         """Instances that the decodes keep busy, all at the tightest pace: they share instances. The slow rate, since
         decodes come over as long as the answers take."""
-        return self._full(self.decode_work, now) / max(1.0 - self.c0 / self.tightest_s(now), 0.1)
+        return self._full(self.decode_work, now) / share_left(self.c0, self.tightest_s(now))
 
     def tightest_s(self, now: float) -> float:
         """The tightest pace of the last SLOW_S; inf when there is none."""

@@ -46,6 +46,15 @@ Row = tuple[float, float, float, float]
 """What c1 to c4 are multiplied with."""
 
 
+LEAST_SHARE = 0.1
+"""What c0 leaves of an iteration, at least: paces that nobody can keep must not ask for a fleet."""
+
+
+def share_left(c0: float, pace_s: float) -> float:
+    """Share of an instance's time that it has for tokens when an iteration lasts ``pace_s``: each costs c0 besides."""
+    return max(1.0 - c0 / pace_s, LEAST_SHARE)
+
+
 @dataclass(frozen=True, slots=True)
 class Coefficients:
     """The five coefficients, in seconds (per token, per token squared, per request, per KV token), and the

@@ -57,7 +57,8 @@ class Links:
     """Who can get KV from whom, at what cost; and until when each instance's ports are taken.
 
     ``table``: by target, its sources, each with its measured link, or None while there is none. ``unheard``: pairs
-    (target, source) of which nothing was heard yet. ``targets``: those of each source. ``usual`` is what is
+    (target, source) of which nothing was heard yet. ``targets``: those of each source. ``orphans`` lost
+    a source that is gone. ``usual`` is what is
     expected of a link that was not measured.
     """
 
@@ -65,6 +66,7 @@ class Links:
     table: dict[str, dict[str, Link | None]] = field(default_factory=dict)
     unheard: set[tuple[str, str]] = field(default_factory=set)
     targets: dict[str, list[str]] = field(default_factory=dict)
+    orphans: list[str] = field(default_factory=list)
     sends_until: dict[str, float] = field(default_factory=dict)
     receives_until: dict[str, float] = field(default_factory=dict)
 
@@ -128,5 +130,11 @@ class Links:
             self.drop(instance, source)
         for target in list(self.targets.get(instance, [])):
             self.drop(target, instance)
+            self.orphans.append(target)
         self.table.pop(instance, None)
         self.targets.pop(instance, None)
+
+    def take_orphans(self) -> list[str]:
+        """The targets that lost a source since the last call, each once."""
+        orphans, self.orphans = self.orphans, []
+        return list(dict.fromkeys(orphans))

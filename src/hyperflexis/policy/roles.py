@@ -29,6 +29,7 @@ from math import floor, sqrt
 
 from ..core.cluster import CONVERTIBLE, TrackedInstance
 from ..core.demand import Demand
+from ..core.latency import share_left
 from .budget import CAP_S
 
 RHO = 0.94
@@ -87,7 +88,7 @@ def _need(load: float) -> float:
 
 def saving(c0: float, pace_s: float) -> float:
     """How many times as fast prompts are computed where no decode keeps ``pace_s``."""
-    return (1.0 - c0 / CAP_S) / max(1.0 - c0 / min(pace_s, CAP_S), 0.1)
+    return share_left(c0, CAP_S) / share_left(c0, min(pace_s, CAP_S))
 
 
 def best_prefill(prefill_need: float, decode_need: float, instances: int) -> int:

@@ -17,11 +17,9 @@ from itertools import pairwise
 from math import ceil, sqrt
 
 from ..core.demand import FAST_S, Tally
-from ..core.latency import Coefficients
+from ..core.latency import Coefficients, share_left
 from ..policy.budget import CAP_S
 from .workload import Arrival
-
-LEAST_SHARE = 0.1
 
 
 def known_demand(arrivals: Sequence[Arrival], latency: Coefficients, duration_s: float) -> list[float]:
@@ -33,7 +31,7 @@ def known_demand(arrivals: Sequence[Arrival], latency: Coefficients, duration_s:
             upcoming += 1
             prompt, output, slo = arrival.num_prompt_tokens, arrival.num_output_tokens, arrival.slo
             pace_s = max(min(slo.pace_s(output, slo.first_token_by_s(output)), CAP_S), 1e-3)
-            share = max(1.0 - latency.c0 / pace_s, LEAST_SHARE)
+            share = share_left(latency.c0, pace_s)
             for_s = output * pace_s
             decode = latency.output_s(output, prompt) / share / for_s
             tally.add(latency.prefill_s(prompt) / share, decode, for_s, arrival.t)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..core.latency import share_left
 from ..core.profile import Profile
 from ..policy.budget import CAP_S
 from ..policy.roles import first_prefill
@@ -20,8 +21,8 @@ def planned_prefill(arrivals: Sequence[Arrival], profile: Profile, instances: in
     ]
     pace_s = max(min(min(paces_s, default=CAP_S), CAP_S), latency.c0)
     return first_prefill(
-        prefill_s / duration_s / (1.0 - latency.c0 / CAP_S),
-        decode_s / duration_s / max(1.0 - latency.c0 / pace_s, 0.1),
+        prefill_s / duration_s / share_left(latency.c0, CAP_S),
+        decode_s / duration_s / share_left(latency.c0, pace_s),
         latency.c0,
         pace_s,
         instances,
