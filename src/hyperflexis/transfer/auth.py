@@ -21,7 +21,7 @@ import msgspec
 
 from ..errors import ProtocolError
 from .links import Refusal
-from .transport import Channel
+from .transport import Channel, decode
 
 NONCE_BYTES = 32
 
@@ -88,10 +88,7 @@ def let_in(channel: Channel, token: str, refusal: Callable[[Hello], str]) -> Non
     """A source's part; ``refusal`` says why somebody is not to be served (empty: he is). Raises Refusal when that is
     so, OSError and ProtocolError."""
     said = channel.receive(lambda frame: frame.header)
-    try:
-        hello = _HELLO.decode(said)
-    except msgspec.DecodeError as error:
-        raise ProtocolError(str(error)) from error
+    hello = decode(_HELLO, said)
     if len(hello.nonce) != NONCE_BYTES:
         raise ProtocolError(f"a nonce of {len(hello.nonce)} bytes")
     reason = refusal(hello)
@@ -120,8 +117,4 @@ def _is_proof(proof: bytes, token: str, side: bytes, said: bytes, challenge: byt
 
 
 def _receive(channel: Channel, decoder: msgspec.msgpack.Decoder[T]) -> T:
-    said = channel.receive(lambda frame: frame.header)
-    try:
-        return decoder.decode(said)
-    except msgspec.DecodeError as error:
-        raise ProtocolError(str(error)) from error
+    return decode(decoder, channel.receive(lambda frame: frame.header))

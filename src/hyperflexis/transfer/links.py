@@ -23,7 +23,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import msgspec
 
@@ -31,7 +30,7 @@ from ..core.links import KvSource, Link
 from ..errors import ProtocolError
 from . import shm, tcp
 from .tcp import SocketChannel
-from .transport import MAX_PAYLOAD, PEER_LIMIT_S, Channel
+from .transport import MAX_PAYLOAD, PEER_LIMIT_S, Channel, decode
 
 VERSION = 3
 RETRY_S = 1.0
@@ -99,7 +98,6 @@ class Refusal(Exception):
 encode = msgspec.msgpack.encode
 _ANSWER: msgspec.msgpack.Decoder[Welcome | Shared | Gone] = msgspec.msgpack.Decoder(Welcome | Shared | Gone)
 _PROBED = msgspec.msgpack.Decoder(Probed)
-T = TypeVar("T")
 
 
 class KvLink:
@@ -141,7 +139,7 @@ class KvLink:
                 self._channel = shm.RingTarget(control, self._ring)
 
     def _hear(self) -> Welcome | Shared:
-        answer = self.control.receive(lambda frame: _decode(_ANSWER, frame.header))
+        answer = self.control.receive(lambda frame: decode(_ANSWER, frame.header))
         if isinstance(answer, Gone):
             raise Refusal(answer.reason)
         return answer
@@ -156,7 +154,7 @@ class KvLink:
     def _probe(self, frames: int) -> float:
         began = time.perf_counter()
         self.channel.send(encode(Probe(frames)))
-        while self.channel.receive(lambda frame: len(frame.payload) or _decode(_PROBED, frame.header) is None):
+        while self.channel.receive(lambda frame: len(frame.payload) or decode(_PROBED, frame.header) is None):
             pass
         return time.perf_counter() - began
 
@@ -175,13 +173,6 @@ def answer_probe(channel: Channel, probe: Probe) -> None:
     for _ in range(probe.frames):
         channel.send(b"", MAX_PAYLOAD, lambda memory: True)
     channel.send(encode(Probed()))
-
-
-def _decode(decoder: msgspec.msgpack.Decoder[T], header: bytes) -> T:
-    try:
-        return decoder.decode(header)
-    except msgspec.DecodeError as error:
-        raise ProtocolError(str(error)) from error
 
 
 @dataclass(slots=True, eq=False)

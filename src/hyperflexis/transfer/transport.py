@@ -13,6 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import msgspec
+
+from ..errors import ProtocolError
+
 T = TypeVar("T")
 
 MAX_PAYLOAD = 1 << 20
@@ -32,6 +36,14 @@ class Frame:
     header: bytes
     payload: memoryview
     checksum: int
+
+
+def decode(decoder: msgspec.msgpack.Decoder[T], header: bytes) -> T:
+    """What a peer said. Raises ProtocolError for what is no such message."""
+    try:
+        return decoder.decode(header)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(str(error)) from error
 
 
 class Channel(Protocol):
