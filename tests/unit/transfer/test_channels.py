@@ -167,6 +167,16 @@ def test_a_peer_that_dies_breaks_the_channel(ends: Ends) -> None:
         ends.source.receive(copied)
 
 
+def test_what_was_said_before_an_end_is_heard(ends: Ends) -> None:
+    ends.source.send(b"piece", 3, lambda memory: True)
+    ends.source.send(b"why it ends")
+    ends.source.close()
+    assert ends.target.receive(lambda frame: frame.header) == b"piece"
+    assert ends.target.receive(lambda frame: frame.header) == b"why it ends"
+    with pytest.raises(OSError):
+        ends.target.receive(lambda frame: frame.header)
+
+
 def test_a_wrong_bit_is_noticed(ends: Ends) -> None:
     def damaged(memory: memoryview) -> bool:
         memory[:] = b"abcd"
