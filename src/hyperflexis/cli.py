@@ -98,6 +98,14 @@ def _instance_arguments(parser: argparse.ArgumentParser) -> None:
         help="be ready but for the weights, and wait for the controller to say where to get them",
     )
     add(
+        "--reclaim-s",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="SIGUSR1 says that its machine is gone after so many seconds: by then all streams have gone on elsewhere "
+        "(default: %(default)g)",
+    )
+    add(
         "--label",
         action="append",
         default=[],

@@ -15,6 +15,7 @@ from hyperflexis.core.events import (
     GatewayJoined,
     InstanceJoined,
     InstanceReported,
+    LauncherJoined,
     LaunchFailed,
     LaunchProgressed,
     OpenRequest,
@@ -34,6 +35,7 @@ def fleet(instances: int = 2, policy: str = "forecast", devices: int | None = No
     limits = {"start_s": {"disk": 10.0, "d2d": 4.0, "standby": 1.0}, "latency": LATENCY} | limits
     scale = ScaleConfig((ModelScale("m", **limits),), devices, policy, max_held=3)  # type: ignore[arg-type]
     made = Controller(ControllerConfig(("m",), scale=scale))
+    made.handle(LauncherJoined(), 0.0)
     for i in range(instances):
         made.handle(InstanceJoined(info(f"i{i}", kv_address=f"unix:kv{i}", kv_bytes_per_token=1)), 0.0)
     return made
@@ -244,6 +246,7 @@ def split_fleet(instances: int, policy: str) -> Controller:
     """They have joined; nothing was heard of their links yet."""
     scale = ScaleConfig((ModelScale("m", start_s={"disk": 10.0}, latency=LATENCY),), None, policy)
     made = Controller(ControllerConfig(("m",), scale=scale, split=Split()))
+    made.handle(LauncherJoined(), 0.0)
     for i in range(instances):
         made.handle(InstanceJoined(info(f"i{i}", kv_address=f"unix:kv{i}", kv_bytes_per_token=1)), 0.0)
     return made
