@@ -19,7 +19,14 @@ from pathlib import Path
 
 from common import RESULTS, environment, write_results
 from hyperflexis.controller import Controller, ControllerConfig
-from hyperflexis.core.events import InstanceJoined, InstanceReported, LauncherJoined, RequestArrived, RequestFinished, Tick
+from hyperflexis.core.events import (
+    InstanceJoined,
+    InstanceReported,
+    LauncherJoined,
+    RequestArrived,
+    RequestFinished,
+    Tick,
+)
 from hyperflexis.core.instance import InstanceInfo, InstanceReport, RequestProgress
 from hyperflexis.core.latency import Coefficients
 from hyperflexis.core.request import Request

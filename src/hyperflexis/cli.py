@@ -60,6 +60,18 @@ def _drain(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def _scale_arguments(parser: argparse.ArgumentParser) -> None:
+    from .scale import add_arguments
+
+    add_arguments(parser)
+
+
+def _scale(args: argparse.Namespace) -> int:
+    from .scale import run
+
+    return run(args)
+
+
 def _instance_arguments(parser: argparse.ArgumentParser) -> None:
     from .config import ENGINE_ARGS
     from .policy.catalog import STEPS
@@ -259,6 +271,7 @@ def _config_docs(_: argparse.Namespace) -> int:
 COMMANDS: dict[str, Command] = {
     "serve": Command("start a fleet and keep it running", _serve_arguments, _serve),
     "drain": Command("empty an instance without losing a stream", _drain_arguments, _drain),
+    "scale": Command("set how many instances a model has, or let it follow its requests", _scale_arguments, _scale),
     "instance": Command("run one engine", _instance_arguments, _instance),
     "make-model": Command(
         "make a small random model, to try things without a download", _make_model_arguments, _make_model

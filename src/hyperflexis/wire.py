@@ -148,11 +148,13 @@ class ModelStatus(msgspec.Struct, frozen=True):
 
 
 class Scaled(msgspec.Struct, frozen=True):
-    """A model that is scaled: between ``least`` and ``most`` instances, the last plan, how many are in each state
-    (shells are in standby), and how many of each phase of a start there were, with their seconds in all."""
+    """A model that is scaled: between ``least`` and ``most`` instances, how many a person ``asked`` for, the last plan,
+    how many are in each state (shells are in standby), and how many of each phase of a start there were, with their
+    seconds in all."""
 
     least: int
     most: int
+    asked: int | None
     planned: effects.Planned | None
     states: dict[str, int]
     phases: dict[launch.Phase, tuple[int, float]]

@@ -40,7 +40,7 @@ MESSAGES = [
     effects.Reject("r", "g", "overloaded", "busy", 2.5),
     effects.Evacuate("i", 1, "it hangs", True),
     wire.Fleet({"m": wire.ModelStatus(["i"], 4096, True)}, [REPORT], {"j": "draining"}),
-    wire.Fleet({}, [], scaled={"m": wire.Scaled(0, 4, PLANNED, {"ready": 1}, {"process": (2, 1.5)})}),
+    wire.Fleet({}, [], scaled={"m": wire.Scaled(0, 4, None, PLANNED, {"ready": 1}, {"process": (2, 1.5)})}),
     effects.Drain("i", 4, 30.0),
     events.DrainAsked("i", None, False),
     events.InstanceDraining("i", 4, 28.0),

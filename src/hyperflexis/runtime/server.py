@@ -189,8 +189,10 @@ class Server:
                 self.broadcast()
             case ScaleAsked() if link.remote.role == "operator":
                 self._handle(message)
+                self._planned.pop(message.model, None)
                 if self._launcher is not None:
                     self._launcher.send(message)  # which remembers it
+                self.broadcast()
             case LauncherJoined() if link.remote.role == "launcher":
                 old, self._launcher = self._launcher, link
                 if old is not None and old is not link:
@@ -359,14 +361,16 @@ class Server:
 
     def _scaled(self) -> dict[str, wire.Scaled]:
         scale = self._controller.config.scale
-        cluster, phases = self._controller.cluster, self._controller.scaling.phases
+        cluster, memory = self._controller.cluster, self._controller.scaling
         found = {}
         for one in () if scale is None else scale.models:
             states: Counter[str] = Counter(dict.fromkeys(_STATES, 0))
             states.update(instance.state for instance in cluster.by_model.get(one.model, {}).values())
             states.update(launching.state for launching in cluster.launches.values() if launching.model == one.model)
             planned = self._planned.get(one.model)
-            found[one.model] = wire.Scaled(one.least, one.most, planned, dict(states), phases.get(one.model, {}))
+            asked = None if one.model not in memory.models else memory.models[one.model].asked
+            phases = memory.phases.get(one.model, {})
+            found[one.model] = wire.Scaled(one.least, one.most, asked, planned, dict(states), phases)
         return found
 
     def broadcast(self) -> None:
