@@ -65,7 +65,7 @@ from .core.events import (
     ScaleAsked,
     Tick,
 )
-from .core.instance import InstanceState, in_time
+from .core.instance import InstanceInfo, InstanceState, in_time
 from .core.latency import Coefficients, share_left
 from .core.launch import Launching
 from .core.lengths import LengthModel
@@ -120,6 +120,7 @@ class Snapshot:
     placed: PlaceMemory = field(default_factory=PlaceMemory)
     tallies: dict[str, Tally] = field(default_factory=dict)
     launches: dict[str, Launching] = field(default_factory=dict)
+    standbys: dict[str, InstanceInfo] = field(default_factory=dict)
     scaling: ScalingMemory = field(default_factory=ScalingMemory)
 
 
@@ -193,7 +194,8 @@ class Controller:
                 effects += self._disaggregation.adapt_roles(self.config.models, now)
                 return effects + self._scale(now)
             case LauncherJoined():
-                return [] if self._scaling is None else self._scaling.launcher_joined(self.cluster, event, now)
+                if self._scaling is not None:
+                    return self._scaling.launcher_joined(self.cluster, event, now) + self._loading.recall(now)
             case InstanceStandby():
                 return self._loading.standby(event, now)
             case WeightsLoaded():
@@ -511,6 +513,7 @@ class Controller:
             self._disaggregation.placed,
             cluster.tallies,
             cluster.launches,
+            cluster.standbys,
             self.scaling,
         )
 
@@ -528,7 +531,7 @@ class Controller:
         cluster.demand = snapshot.demand
         disaggregation = controller._disaggregation
         disaggregation.roles, disaggregation.placed = snapshot.roles, snapshot.placed
-        cluster.tallies, cluster.launches = snapshot.tallies, snapshot.launches
+        cluster.tallies, cluster.launches, cluster.standbys = snapshot.tallies, snapshot.launches, snapshot.standbys
         if controller._scaling is not None:
             controller._scaling.memory = snapshot.scaling
         return controller

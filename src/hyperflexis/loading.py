@@ -25,13 +25,20 @@ class Loading:
         self._cluster = cluster
 
     def standby(self, event: InstanceStandby, now: float) -> list[Effect]:
-        """A shell is there. One that nobody launched waits for whoever started it."""
-        launching = self._cluster.launches.get(event.info.id)
-        if launching is None:
-            return []
-        launching.info = event.info
-        launching.reach(InstanceState.STANDBY)
-        return self.load(launching, now)
+        """A shell is there. One of which no launch is known waits: the launcher may tell of it later."""
+        self._cluster.standbys[event.info.id] = event.info
+        return self.recall(now)
+
+    def recall(self, now: float) -> list[Effect]:
+        """What is due to the shells of which launches are known by now."""
+        cluster = self._cluster
+        effects: list[Effect] = []
+        for id in [id for id in cluster.standbys if id in cluster.launches]:
+            launching = cluster.launches[id]
+            launching.info = cluster.standbys.pop(id)
+            launching.reach(InstanceState.STANDBY)
+            effects += self.load(launching, now)
+        return effects
 
     def load(self, launching: Launching, now: float) -> list[Effect]:
         """Let it have its weights, if it is there and is to serve. Told again, it does nothing new."""

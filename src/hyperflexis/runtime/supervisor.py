@@ -111,6 +111,8 @@ class Supervisor:
         adopted = self._state.survivors()
         if adopted:
             self._tell(f"adopted {len(adopted)} processes of an earlier serve: {', '.join(adopted)}")
+        for name in [name for name in self._state.state.children if name not in adopted]:
+            self._state.forget(name)  # a launched one is not started again under its name
         self._running.update((name, AdoptedProcess(child)) for name, child in adopted.items())
         return [child.launch for child in adopted.values() if child.launch is not None]
 
