@@ -9,7 +9,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
-from pathlib import Path
 
 import pytest
 from tests.integration.test_serve import LIMIT_S, Serve, alive, kill, wait_until
@@ -231,7 +230,8 @@ def test_launches_outlive_serve_and_the_controller(fleets: list[Fleet], fleet: F
     assert asking.result(LIMIT_S) == 0
     fleet.wait_shell()
     assert len(fleet.instances()) == 5 and fleet.instances().keys() >= {*known, last}
-    assert fleet.metric("scale_held_instances") == 4
+    wait_until(lambda: fleet.metric("scale_held_instances") == 4, fleet.report)
+    assert len(fleet.instances()) == 5
     streams.check()
     fleet.pids |= {child["pid"] for child in fleet.state()["children"].values()}
     assert fleet.stop() == 0

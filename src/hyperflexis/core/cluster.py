@@ -280,7 +280,7 @@ def cached_tokens(request: Request, instances: Iterable[TrackedInstance]) -> int
 class Cluster:
     """All instances, by model, all requests in flight, those of them that are ``waiting`` for an instance, what their
     outputs' lengths were so far, the shares of each model's tenants, the links between instances, and what each model's
-    requests ask for. ``launches`` are instances that are not ready yet, ``standbys`` shells of which no launch is known.
+    requests ask for. ``launches`` are instances that are not ready yet, ``standbys`` shells whose launch is not known.
     """
 
     def __init__(self) -> None:
