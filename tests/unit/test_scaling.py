@@ -266,3 +266,82 @@ def test_an_instance_that_is_stopped_is_unlinked_from_the_others():
     after = effects[effects.index(stopped) :]
     told = {order.instance: [source.instance for source in order.sources] for order in of(SetLinks, after)}
     assert told == {left[0]: [left[1]], left[1]: [left[0]]}
+
+
+def order(instance: str, shell: bool = False) -> Launch:
+    return Launch(instance, "m", "disk", shell, None, (), "")
+
+
+def test_nothing_is_planned_before_the_launcher_has_said_what_runs():
+    c = Controller(ControllerConfig(("m",), scale=ScaleConfig((ModelScale("m"),), policy="fixed@2")))
+    assert tick(c, 1.0, 2.0) == []
+    c.handle(InstanceJoined(info("m-4"), served=True), 2.5)
+    told = LauncherJoined((order("m-4"), order("m-5"), order("m-6", shell=True)), {"m": 3})
+    assert c.handle(told, 3.0) == []
+    assert {one.id: (one.shell, one.adopted) for one in c.cluster.launches.values()} == {
+        "m-5": (False, True),
+        "m-6": (True, True),
+    }
+    (plan,) = of(Planned, tick(c, 3.1))
+    assert (plan.instances, plan.held, plan.reason) == (2, 3, "3 were asked for"), "as people wanted it before"
+    c.handle(InstanceJoined(info("m-5"), served=True), 4.0)
+    assert not c.scaling.start_s, "how long ago that began is not known"
+
+
+def test_what_came_to_nothing_while_the_launcher_was_away_is_launched_anew():
+    c = fleet(0, policy="fixed@2")
+    first, second = of(Launch, tick(c, 1.0))
+    assert c.handle(LauncherJoined((order(first.instance),)), 2.0) == []
+    assert list(c.cluster.launches) == [first.instance]
+    (third,) = of(Launch, tick(c, 2.1))
+    assert third.instance not in (first.instance, second.instance)
+
+
+def test_who_was_to_end_while_the_launcher_was_away_is_told_again():
+    c = fleet(0, policy="fixed@2")
+    first, second = of(Launch, tick(c, 1.0))
+    c.handle(ScaleAsked("m", 1), 1.5)
+    (stop,) = of(StopInstance, tick(c, 2.0))
+    left = second if stop.instance == first.instance else first
+    effects = c.handle(LauncherJoined((order(first.instance), order(second.instance))), 3.0)
+    assert [effect.instance for effect in of(StopInstance, effects)] == [stop.instance]
+    assert list(c.cluster.launches) == [left.instance]
+
+
+def test_a_drain_of_ours_goes_on_under_the_next_controller_and_a_persons_stays_theirs():
+    c = fleet(3, policy="fixed@3")
+    c.handle(ScaleAsked("m", 2), 0.5)
+    (drain,) = of(Drain, tick(c, 1.0))
+    assert drain.ends
+    c = fleet(0, policy="fixed@1")
+    c.handle(InstanceJoined(info("a"), served=True), 1.0)
+    c.handle(InstanceJoined(info("b"), draining=True, served=True, ends=True), 1.0)
+    c.handle(InstanceJoined(info("c"), draining=True, served=True), 1.0)
+    assert [stop.instance for stop in of(StopInstance, tick(c, 2.0, 3.0, 4.0))] == ["b"]
+
+
+def test_the_first_start_that_is_measured_replaces_what_was_expected():
+    c = fleet(0, policy="fixed@2", start_s={"disk": 100.0})
+    first, second = of(Launch, tick(c, 1.0))
+    c.handle(InstanceJoined(info(first.instance)), 5.0)
+    assert of(Planned, tick(c, 6.0))[0].horizon_s == 4.0
+    c.handle(InstanceJoined(info(second.instance)), 3.0)
+    assert of(Planned, tick(c, 7.0))[0].horizon_s == pytest.approx(4.0 - 0.3 * 2.0), "then quicker ones count a part"
+
+
+def test_phases_of_starts_are_summed_once_each():
+    c = fleet(0, policy="fixed@1")
+    (launch,) = of(Launch, tick(c, 1.0))
+    for phase, seconds in (("process", 2.0), ("process", 2.0), ("engine_init", 3.0)):
+        c.handle(LaunchProgressed(launch.instance, phase, seconds, InstanceState.LAUNCHING), 2.0)
+    c.handle(LaunchProgressed("unknown", "process", 9.0, InstanceState.LAUNCHING), 2.0)
+    assert c.scaling.phases == {"m": {"process": (1, 2.0), "engine_init": (1, 3.0)}}
+
+
+def test_a_machine_that_goes_is_drained_in_time_even_where_no_other_is_ready():
+    c = fleet(1)
+    (drain,) = of(Drain, c.handle(DrainAsked("i0", 30.0, hard=True), 1.0))
+    assert drain.limit_s == 28.0
+    c = fleet(1)
+    (drain,) = of(Drain, c.handle(DrainAsked("i0", 30.0), 1.0))
+    assert drain.limit_s is None
