@@ -341,7 +341,8 @@ class Scaling:
 
     def _fewer(self, cluster: Cluster, scale: ModelScale, wish: Wish, count: int, now: float) -> list[Effect]:
         effects: list[Effect] = []
-        coming = [one for one in self._launches(cluster, scale.model) if not one.shell]
+        # What an earlier controller launched may serve already, and tells in a moment.
+        coming = [one for one in self._launches(cluster, scale.model) if not one.shell and not one.adopted]
         for launching in sorted(coming, key=lambda one: (-one.since, one.id))[:count]:
             effects.append(self._stop_launch(cluster, launching, "it is not needed any more"))
         for _ in range(count - len(effects)):

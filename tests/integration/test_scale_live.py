@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 from tests.integration.test_serve import LIMIT_S, Serve, alive, kill, wait_until
@@ -17,6 +18,8 @@ from tests.parity.replay import replay
 from hyperflexis.cli import main
 from hyperflexis.core.effects import Launch, Planned, StopInstance
 from hyperflexis.core.events import InstanceDraining, LaunchFailed, LaunchProgressed
+from hyperflexis.core.weights import SetSendRate, WeightsLoaded
+from hyperflexis.make_model import Recipe, make_model
 from hyperflexis.runtime.journal import Entry, read_journal
 
 FLEET = """\
@@ -157,6 +160,7 @@ def test_a_fleet_follows_a_step_up_and_down_and_no_stream_fails(
     fleet.wait_number(2)
     streams.check()
     more.check()
+    assert fleet.metric("handoffs_total", outcome="handed") > 0, "with their KV"
     assert fleet.metric("scale_held_instances") == 2
     assert fleet.metric("launch_seconds_count", phase="weights") >= 6
     assert fleet.metric("launch_seconds_sum", phase="engine_init") > 0.0
@@ -236,3 +240,31 @@ def test_launches_outlive_serve_and_the_controller(fleets: list[Fleet], fleet: F
     fleet.pids |= {child["pid"] for child in fleet.state()["children"].values()}
     assert fleet.stop() == 0
     assert replay(fleet.state_dir / "journal") == len(fleet.journal())
+
+
+def test_a_new_torch_instance_has_its_weights_from_one_that_serves(tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="the torch engine needs PyTorch")
+    make_model(tmp_path / "model", Recipe(size="20m", context=512))
+    file = tmp_path / "torch.yaml"
+    file.write_text(
+        "model: {name: tiny, engine: torch, path: model, args: {kv_tokens: 1024}, instances: {min: 1, max: 2}}\n"
+        "listen: 127.0.0.1:0\nlimits: {shutdown_grace_s: 1}\n"
+    )
+    fleet = Fleet(file).wait_ready()
+    try:
+        (source,) = fleet.instances()
+        asked = {"model": "tiny", "prompt": "Hello", "max_tokens": 8, "temperature": 0.0}
+        before = json.loads(fleet.request("POST", "/v1/completions", asked)[1])["choices"][0]["text"]
+        assert fleet.run("scale", "tiny", "2") == 0
+        os.kill(fleet.instances()[source], signal.SIGKILL)
+        wait_until(lambda: fleet.metric("instances_ready") == 1, fleet.report)
+        after = json.loads(fleet.request("POST", "/v1/completions", asked)[1])["choices"][0]["text"]
+        assert after == before, "they are the same weights"
+        fleet.instances()
+    finally:
+        fleet.stop()
+    loaded = [entry.event for entry in fleet.journal() if isinstance(entry.event, WeightsLoaded)]
+    ways = [(one.path, one.source, one.problem) for event in loaded[:2] for one in event.attempts]
+    assert ways == [("disk", str(tmp_path / "model"), ""), ("shared memory", source, "")]
+    assert fleet.effects(SetSendRate)[0]["instance"] == source
+    assert not [pid for pid in fleet.pids if alive(pid)]

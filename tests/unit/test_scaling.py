@@ -284,7 +284,11 @@ def test_nothing_is_planned_before_the_launcher_has_said_what_runs():
     }
     (plan,) = of(Planned, tick(c, 3.1))
     assert (plan.instances, plan.held, plan.reason) == (2, 3, "3 were asked for"), "as people wanted it before"
-    c.handle(InstanceJoined(info("m-5"), served=True), 4.0)
+    c.handle(ScaleAsked("m", 0), 3.5)
+    effects = tick(c, 4.1)
+    assert [drain.instance for drain in of(Drain, effects)] == ["m-4"]
+    assert "m-5" not in [stop.instance for stop in of(StopInstance, effects)], "it may serve already"
+    c.handle(InstanceJoined(info("m-5"), served=True), 4.2)
     assert not c.scaling.start_s, "how long ago that began is not known"
 
 

@@ -84,6 +84,8 @@ class Launcher:
         if order.instance in self._orders:
             self._orders[order.instance] = order
             self._state.note_launch(order)
+        elif order.means == "standby":
+            self._failed(order.instance, "the shell has ended")
         elif self._supervisor.runs(order.instance):
             self._failed(order.instance, "an instance of this name has not ended yet")
         else:

@@ -121,6 +121,16 @@ async def test_what_is_stopped_ends_without_a_word(site: Site, controller: Peer,
     await serve.stop()
 
 
+async def test_a_shell_that_has_ended_cannot_be_woken(site: Site, controller: Peer, tmp_path: Path) -> None:
+    serve = Serve(site, f"unix:{tmp_path}/c")
+    await controller.get(LauncherJoined)
+    controller.say(Launch("m-1", "m", "standby", False, None, (), "it is needed"))
+    failed = await controller.get(LaunchFailed)
+    assert (failed.instance, failed.reason) == ("m-1", "the shell has ended")
+    assert not serve.supervisor.runs("m-1")
+    await serve.stop()
+
+
 async def test_a_name_that_has_not_ended_yet_is_refused(site: Site, controller: Peer, tmp_path: Path) -> None:
     serve = Serve(site, f"unix:{tmp_path}/c", "trap '' TERM; " + RUNS)
     await controller.get(LauncherJoined)
