@@ -21,6 +21,7 @@ examples:
   hyperflexis transfer bench --size 1GiB               how fast an instance starts here, on each way
   hyperflexis demo                                     HyperFlexis against round robin, with a report
   hyperflexis simulate examples/mixed.yaml --profile h100-llama-3.1-8b --instances 4 --loads 0.6:1.4:0.2 --report out
+  hyperflexis plan examples/mixed.yaml --profile h100-llama-3.1-8b --target 0.95
 """
 
 
@@ -220,6 +221,18 @@ def _simulate(args: argparse.Namespace) -> int:
     return simulate.main(args)
 
 
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    from . import plan
+
+    plan.add_arguments(parser)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from . import plan
+
+    return plan.main(args)
+
+
 def _transfer_arguments(parser: argparse.ArgumentParser) -> None:
     from . import transfer_bench
 
@@ -263,6 +276,7 @@ COMMANDS: dict[str, Command] = {
         _simulate_arguments,
         _simulate,
     ),
+    "plan": Command("find the smallest fleet that keeps a workload's promises", _plan_arguments, _plan),
     "transfer": Command("measure how fast a new instance has its weights", _transfer_arguments, _transfer),
     "version": Command("print the version", _no_arguments, _version),
     "config-docs": Command("", _no_arguments, _config_docs),
