@@ -61,6 +61,18 @@ def _drain(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def _explain_arguments(parser: argparse.ArgumentParser) -> None:
+    from .explain import add_arguments
+
+    add_arguments(parser)
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from .explain import main
+
+    return main(args)
+
+
 def _instance_arguments(parser: argparse.ArgumentParser) -> None:
     from .config import ENGINE_ARGS
     from .policy.catalog import STEPS
@@ -264,6 +276,7 @@ def _config_docs(_: argparse.Namespace) -> int:
 COMMANDS: dict[str, Command] = {
     "serve": Command("start a fleet and keep it running", _serve_arguments, _serve),
     "drain": Command("empty an instance without losing a stream", _drain_arguments, _drain),
+    "explain": Command("say what became of a request, an instance or a model, and why", _explain_arguments, _explain),
     "instance": Command("run one engine", _instance_arguments, _instance),
     "make-model": Command(
         "make a small random model, to try things without a download", _make_model_arguments, _make_model

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """0 when the instance is empty; 1 when something still runs there. Raises HyperFlexisError for what is wrong."""
     if not args.limit >= 0.0:
         raise ConfigError(f"--limit {args.limit} must be at least 0")
-    state_dir = _state_dir(args.fleet)
+    state_dir = state_dir_of(args.fleet)
     order = DrainAsked(args.instance, args.limit, not args.undo)
     try:
         return asyncio.run(_drain(controller_address(state_dir), order))
@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
         return 130
 
 
-def _state_dir(fleet: Path | None) -> Path:
+def state_dir_of(fleet: Path | None) -> Path:
+    """Where a fleet keeps its state: that of the file, or the one that ran from here. Raises ConfigError."""
     if fleet is not None:
         found = read_fleet(fleet).state_dir
         assert found is not None
