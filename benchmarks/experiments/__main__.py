@@ -27,7 +27,7 @@ from .pages import Places, write_page, write_results
 from .plan import Plan
 from .pool import perform, plan_work
 from .progress import Progress, minutes
-from .scenarios import SCENARIOS, WITHOUT_TRACES, Windows, find_traces
+from .scenarios import SCENARIOS, WITHOUT_TRACES, Windows, csv_names, find_traces
 from .tables import table
 
 CACHE = ROOT / ".experiments"
@@ -181,6 +181,7 @@ def make_plan(plan: Plan, windows: Windows) -> Plan:
             plan,
             scenarios=WITHOUT_TRACES,
             bursty=WITHOUT_TRACES,
+            ablated=(*WITHOUT_TRACES, *(name for name in plan.ablated if not csv_names(SCENARIOS[name].workload))),
             split=WITHOUT_TRACES,
             fast=(),
             prefixes=(),
@@ -221,7 +222,7 @@ def extrapolated(runs: Rows) -> str:
     """How much of the iteration time lies outside of what the profiles were measured for."""
     shares: dict[str, list[float]] = {}
     for task, row in runs.items():
-        shares.setdefault(SCENARIOS[task.scenario].profile, []).append(row.outside_share)
+        shares.setdefault(Path(SCENARIOS[task.scenario].profile).stem, []).append(row.outside_share)
     spans = (f"`{name}` {100 * min(found):.0f} to {100 * max(found):.0f}%" for name, found in sorted(shares.items()))
     return f"Iteration time outside of what the profile was measured for, by run: {', '.join(spans)}."
 

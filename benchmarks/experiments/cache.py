@@ -45,7 +45,7 @@ class Digests:
     def key(self, task: Task) -> str:
         """The cache's key of ``task``."""
         scenario = SCENARIOS[task.scenario]
-        files = [WORKLOADS / scenario.workload, shipped_profiles()[scenario.profile]]
+        files = [WORKLOADS / scenario.workload, shipped_profiles().get(scenario.profile, Path(scenario.profile))]
         files += [self._traces[name] for name in sorted(csv_names(scenario.workload)) if name in self._traces]
         if task.policy.endswith(".py"):
             files += [ROOT / task.policy, ROOT / "benchmarks" / "ablations" / "__init__.py"]

@@ -48,7 +48,7 @@ class Line:
 def tasks(plan: Plan) -> list[Task]:
     """The runs."""
     policies = (OURS, *plan.parts)
-    return [t for s in plan.bursty for policy in policies for t in plan.sweep(s, policy, plan.ablation_loads)]
+    return [t for s in plan.ablated for policy in policies for t in plan.sweep(s, policy, plan.ablation_loads)]
 
 
 def result(plan: Plan, rows: Rows) -> list[Line]:
@@ -56,7 +56,7 @@ def result(plan: Plan, rows: Rows) -> list[Line]:
     return [
         _line(plan, rows, part, scenario, load)
         for part in plan.parts
-        for scenario in plan.bursty
+        for scenario in plan.ablated
         for load in plan.ablation_loads
     ]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .measure import Row, Rows, Task
-from .scenarios import BURSTY, FAST, MIXED, SCENARIOS, SPLIT, Yardstick
+from .scenarios import ABLATED, BURSTY, FAST, MIXED, SCENARIOS, SPLIT, Yardstick
 
 OURS = "hyperflexis"
 OVERLOAD = 1.3
@@ -25,6 +25,7 @@ class Plan:
 
     scenarios: Sequence[str] = MIXED
     bursty: Sequence[str] = BURSTY
+    ablated: Sequence[str] = ABLATED
     fast: Sequence[str] = FAST
     prefixes: Sequence[str] = ("mooncake", "sessions")
     split: Sequence[str] = SPLIT

@@ -42,6 +42,7 @@ from hyperflexis.sim.workload import (
 )
 
 WORKLOADS = Path(__file__).resolve().parents[1] / "workloads"
+PROFILES = WORKLOADS.with_name("profiles")
 FIRST_TUNING_SEED = 101
 TUNING_SHARE = 0.4
 """Share of each trace, from its start, that is kept for tuning."""
@@ -112,6 +113,7 @@ SCENARIOS: dict[str, Scenario] = {
     "split-shift-none": Scenario(
         "8 H100 x 4 (70B), code and conversation", "split-shift.yaml", H100_70B, 8, change=without_phases
     ),
+    "torch": Scenario("2 torch engines on a CPU", "../../examples/demo.yaml", str(PROFILES / "torch-20m.json"), 2),
     "mooncake": Scenario("4 H100, Mooncake conversations", "mooncake.yaml", H100),
     "sessions": Scenario("4 H100, sessions of coding agents", "sessions.yaml", H100, duration_s=900.0),
 }
@@ -119,6 +121,7 @@ MIXED = ("ascend-azure", "ascend-poisson", "h100-azure", "h100-poisson")
 BURSTY = ("ascend-azure", "h100-azure")
 FAST = ("ascend-azure-fast", "h100-azure-fast")
 SPLIT = ("split-conversation", "split-code", "split-shift", "mooncake", "ascend-azure")
+ABLATED = (*BURSTY, "torch")
 WITHOUT_TRACES = ("ascend-synthetic",)
 
 

@@ -21,6 +21,7 @@ examples:
   hyperflexis transfer bench --size 1GiB               how fast an instance starts here, on each way
   hyperflexis demo                                     HyperFlexis against round robin, with a report
   hyperflexis simulate examples/mixed.yaml --profile h100-llama-3.1-8b --instances 4 --loads 0.6:1.4:0.2 --report out
+  hyperflexis plan examples/mixed.yaml --profile h100-llama-3.1-8b --target 0.95
 """
 
 
@@ -70,6 +71,18 @@ def _scale(args: argparse.Namespace) -> int:
     from .scale import run
 
     return run(args)
+
+
+def _explain_arguments(parser: argparse.ArgumentParser) -> None:
+    from .explain import add_arguments
+
+    add_arguments(parser)
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from .explain import main
+
+    return main(args)
 
 
 def _instance_arguments(parser: argparse.ArgumentParser) -> None:
@@ -240,6 +253,18 @@ def _simulate(args: argparse.Namespace) -> int:
     return simulate.main(args)
 
 
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    from . import plan
+
+    plan.add_arguments(parser)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from . import plan
+
+    return plan.main(args)
+
+
 def _transfer_arguments(parser: argparse.ArgumentParser) -> None:
     from . import transfer_bench
 
@@ -272,6 +297,7 @@ COMMANDS: dict[str, Command] = {
     "serve": Command("start a fleet and keep it running", _serve_arguments, _serve),
     "drain": Command("empty an instance without losing a stream", _drain_arguments, _drain),
     "scale": Command("set how many instances a model has, or let it follow its requests", _scale_arguments, _scale),
+    "explain": Command("say what became of a request, an instance or a model, and why", _explain_arguments, _explain),
     "instance": Command("run one engine", _instance_arguments, _instance),
     "make-model": Command(
         "make a small random model, to try things without a download", _make_model_arguments, _make_model
@@ -284,6 +310,7 @@ COMMANDS: dict[str, Command] = {
         _simulate_arguments,
         _simulate,
     ),
+    "plan": Command("find the smallest fleet that keeps a workload's promises", _plan_arguments, _plan),
     "transfer": Command("measure how fast a new instance has its weights", _transfer_arguments, _transfer),
     "version": Command("print the version", _no_arguments, _version),
     "config-docs": Command("", _no_arguments, _config_docs),

@@ -18,18 +18,23 @@ CONNECT_LIMIT_S = 3.0
 FLEET_HELP = "the fleet file (default: the one fleet that runs from here)"
 
 
-def find_controller(fleet: Path | None) -> str:
-    """The address of the controller of ``fleet``, a fleet file, or of the one fleet that runs from here. Raises
-    ConfigError when there is none, or more than one."""
+def state_dir_of(fleet: Path | None) -> Path:
+    """Where a fleet keeps its state: that of the file, or the one that ran from here. Raises ConfigError when there is
+    none, or more than one."""
     if fleet is not None:
         found = read_fleet(fleet).state_dir
         assert found is not None
-        return controller_address(Path(found))
+        return Path(found)
     known = [file.parent for file in sorted(Path(".hyperflexis").glob("*/fleet.json"))]
     if len(known) != 1:
         names = ", ".join(path.name for path in known) or "none"
         raise ConfigError(f"which fleet? Say --fleet FLEET.yaml (from here ran: {names})")
-    return controller_address(known[0].resolve())
+    return known[0].resolve()
+
+
+def find_controller(fleet: Path | None) -> str:
+    """The address of the controller of ``state_dir_of`` this. Raises ConfigError."""
+    return controller_address(state_dir_of(fleet))
 
 
 class Operator:

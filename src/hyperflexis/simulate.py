@@ -11,23 +11,20 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from math import isfinite
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 import msgspec
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import __version__
 from .bench import load_workload, parse_csv_options, write_json
 from .controller import Controller, ControllerConfig
 from .core.effects import Effect
 from .core.events import Event
-from .core.launch import Means
 from .core.links import Link, Split
 from .core.profile import Profile
 from .core.record import Record
@@ -40,15 +37,15 @@ from .runtime.journal import VERSION as JOURNAL_VERSION
 from .runtime.journal import Header, encode_line
 from .sim.driver import MODEL
 from .sim.faults import parse_fault, parse_launch_fault
-from .sim.launches import Starts, starts_in, starts_of
+from .sim.launches import Starts, starts_in
 from .sim.oracle import capacity_rps, request_costs_s
 from .sim.workload import Workload, generate
+from .simulate_options import at_least, number, parse_loads, parse_seeds, parse_start, progress, try_to_write
 from .simulate_results import Plan, Results
 from .simulate_run import Outcomes, Runner, RunTask, Setting, perform_all
 from .telemetry import compare, plot
 from .telemetry.machine import num_cores
 
-MAX_LOADS = 200
 DEFAULT_POLICIES = "hyperflexis,round_robin"
 MODES = ("colocated", "disaggregated", "auto")
 ROLES = ("adaptive", "static")
@@ -150,15 +147,15 @@ def main(args: argparse.Namespace) -> int:
         plot.require()
     plan = make_plan(args)
     if args.json and args.json != "-":
-        _try_to_write(Path(args.json))
-    jobs = num_cores() if args.jobs is None else _at_least("--jobs", args.jobs, 1)
+        try_to_write(Path(args.json))
+    jobs = num_cores() if args.jobs is None else at_least("--jobs", args.jobs, 1)
     console = Console(stderr=True)
     began = time.monotonic()
     if args.log is not None or args.journal is not None:
         done = _recorded(plan, args.log, args.journal)
     else:
         tasks = plan.tasks()
-        done = perform_all(plan.setting, tasks, jobs, lambda: _progress(console, len(tasks)))
+        done = perform_all(plan.setting, tasks, jobs, lambda: progress(console, len(tasks)))
     results = Results(plan, done, time.monotonic() - began)
     _show(results, Console(stderr=args.json == "-"))
     if args.report is not None:
@@ -179,18 +176,6 @@ def _show(results: Results, out: Console) -> None:
         out.print(warning, markup=False, highlight=False, soft_wrap=True)
 
 
-@contextmanager
-def _progress(console: Console, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal, nothing elsewhere."""
-    if not console.is_terminal:
-        yield lambda: None
-        return
-    columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)
-
-
 # From options to a plan
 
 
@@ -198,7 +183,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     """What to run. Raises ConfigError for anything wrong in the options or the files they name."""
     workload = load_workload(args.workload, parse_csv_options(args.csv))
     if args.duration is not None:
-        workload = replace(workload, duration_s=_number("--duration", args.duration, above=0.0))
+        workload = replace(workload, duration_s=number("--duration", args.duration, above=0.0))
     seeds = parse_seeds(args.seeds) if args.seeds is not None else (workload.seed,)
     specs = tuple(split_specs(args.policies))
     names = tuple(load_policy(spec)[0] for spec in specs)
@@ -217,9 +202,9 @@ def make_plan(args: argparse.Namespace) -> Plan:
         profile=profile,
         instances=_enough_instances(args.instances, workload),
         policies=specs,
-        noise=_number("--noise", args.noise),
-        device_factor=_number("--device-factor", args.device_factor, above=0.0),
-        report_delay_s=_number("--report-delay-ms", args.report_delay_ms) / 1000.0,
+        noise=number("--noise", args.noise),
+        device_factor=number("--device-factor", args.device_factor, above=0.0),
+        report_delay_s=number("--report-delay-ms", args.report_delay_ms) / 1000.0,
         known_lengths=args.known_lengths,
         leap=not args.no_leap,
         faults=tuple(parse_fault(text, args.instances) for text in args.fault if parse_launch_fault(text) is None),
@@ -227,7 +212,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         plans_split=args.mode == "auto",
         scale=scale,
         starts=starts,
-        shell_price=_number("--shell-price", args.shell_price),
+        shell_price=number("--shell-price", args.shell_price),
         launch_faults=launch_faults,
     )
     # The capacity is that of the workload's own seed, so that other seeds are not measured with another yardstick.
@@ -251,7 +236,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
 
 def _split(args: argparse.Namespace) -> Split | None:
-    link_gbps = _number("--link-gbps", args.link_gbps, above=0.0)
+    link_gbps = number("--link-gbps", args.link_gbps, above=0.0)
     if args.mode == "colocated":
         if args.prefill is not None or args.roles == "static":
             option = "--prefill" if args.prefill is not None else "--roles static"
@@ -274,13 +259,13 @@ def _scale(args: argparse.Namespace, workload: Workload, profile: Profile) -> tu
             if value is not None:
                 raise ConfigError(f"{option} needs --scale: without, a fleet keeps its size")
         return None, starts_in(0.0)
-    starts = _starts(args.start, profile)
-    least = _at_least("--min", 1 if args.min is None else args.min, 0)
-    most = _at_least("--max", 64 if args.max is None else args.max, max(least, 1))
-    standby = _at_least("--standby", 0 if args.standby is None else args.standby, 0)
+    starts = parse_start(args.start, profile)
+    least = at_least("--min", 1 if args.min is None else args.min, 0)
+    most = at_least("--max", 64 if args.max is None else args.max, max(least, 1))
+    standby = at_least("--standby", 0 if args.standby is None else args.standby, 0)
     if standby and "standby" not in starts:
         raise ConfigError("--standby needs --start standby: shells wait to get their weights from another instance")
-    target = _number("--target", args.target, above=0.0)
+    target = number("--target", args.target, above=0.0)
     if target >= 1.0:
         raise ConfigError(f"--target {target:g} must be below 1: no finite fleet keeps every promise")
     find_scaler(args.scale)
@@ -290,55 +275,8 @@ def _scale(args: argparse.Namespace, workload: Workload, profile: Profile) -> tu
         for name in dict.fromkeys(c.model or MODEL for c in workload.classes)
     )
     if args.devices is not None:
-        _at_least("--devices", args.devices, max(least, 1) * len(models))
+        at_least("--devices", args.devices, max(least, 1) * len(models))
     return ScaleConfig(models, args.devices, args.scale), starts
-
-
-def _starts(text: str, profile: Profile) -> Starts:
-    if text in ("disk", "d2d", "standby"):
-        if profile.start is None:
-            raise ConfigError(
-                f"--start {text}: profile {profile.name} says of no start how long it takes; give seconds"
-            )
-        return starts_of(profile.start, profile.weight_bytes, cast(Means, text))
-    try:
-        return starts_in(_number("--start", float(text), above=0.0))
-    except ValueError:
-        raise ConfigError(f"--start {text!r} is neither disk, d2d, standby nor a number of seconds") from None
-
-
-def parse_loads(text: str) -> tuple[float, ...]:
-    """``0.5:1.6:0.1`` (both ends, then the step) or ``0.7,1.0``, or both in one list; in order, each once.
-
-    Raises ConfigError saying what is wrong.
-    """
-    found: set[float] = set()
-    for part in text.split(","):
-        try:
-            numbers = [float(piece) for piece in part.split(":")]
-        except ValueError:
-            numbers = []
-        if len(numbers) not in (1, 3):
-            raise ConfigError(f"--loads {text!r}: {part!r} is neither a number nor FROM:TO:STEP, as in 0.5:1.6:0.1")
-        first, last, step = numbers if len(numbers) == 3 else (numbers[0], numbers[0], 1.0)
-        if not (isfinite(last) and 0.0 < first <= last and 0.0 < step < float("inf")):
-            raise ConfigError(f"--loads {text!r}: in {part!r}, loads and step must be above 0 and FROM not above TO")
-        count = int((last - first) / step * (1.0 + 1e-12) + 1e-9) + 1
-        if count + len(found) > MAX_LOADS:
-            raise ConfigError(f"--loads {text!r}: more than {MAX_LOADS} loads; take larger steps")
-        found |= {round(first + i * step, 9) for i in range(count)}
-    return tuple(sorted(found))
-
-
-def parse_seeds(text: str) -> tuple[int, ...]:
-    """``1,2,3``. Raises ConfigError for anything else."""
-    parts = text.split(",")
-    if not all(part.isascii() and part.isdigit() and len(part) < 19 for part in parts):
-        raise ConfigError(f"--seeds {text!r} is not a list of whole numbers, as in 1,2,3")
-    seeds = tuple(int(part) for part in parts)
-    if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"--seeds {text!r}: a seed is given twice, which would count its run twice; give it once")
-    return seeds
 
 
 def _enough_instances(instances: int, workload: Workload) -> int:
@@ -347,27 +285,6 @@ def _enough_instances(instances: int, workload: Workload) -> int:
         why = f" (one at least for each model of the workload: {', '.join(sorted(models))})" if len(models) > 1 else ""
         raise ConfigError(f"--instances {instances} must be at least {len(models)}{why}")
     return instances
-
-
-def _at_least(option: str, value: int, least: int) -> int:
-    if value < least:
-        raise ConfigError(f"{option} {value} must be at least {least}")
-    return value
-
-
-def _number(option: str, value: float, above: float | None = None) -> float:
-    """At least 0, or above ``above``."""
-    if not isfinite(value) or value < 0.0 or (above is not None and value <= above):
-        raise ConfigError(f"{option} {value:g} must be {'at least 0' if above is None else f'above {above:g}'}")
-    return value
-
-
-def _try_to_write(path: Path) -> None:
-    """A file that cannot be written is better known before the runs than after."""
-    try:
-        path.open("ab").close()
-    except OSError as error:
-        raise HyperFlexisError(f"cannot write {path}: {error.strerror}") from None
 
 
 # The records of one run

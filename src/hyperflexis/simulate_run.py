@@ -83,13 +83,14 @@ Task = RunTask | BoundTask
 
 @dataclass(frozen=True, slots=True)
 class RunOutcome:
-    """``losses`` counts why requests were rejected or failed."""
+    """``losses`` counts why requests were rejected or failed; ``sizes`` are (time, instances) where that changes."""
 
     summary: Summary
     counters: SimCounters
     losses: Counter[str]
     simulated_s: float
     wall_s: float
+    sizes: tuple[tuple[float, int], ...] = ()
     curves: Curves | None = None
     timeline: Timeline | None = None
 
@@ -180,6 +181,7 @@ class Runner:
             losses=Counter(r.detail for r in run.records if r.outcome in ("rejected", "failed")),
             simulated_s=run.ended_s,
             wall_s=wall_s,
+            sizes=result.sizes,
             curves=curves(run.records) if task.detailed else None,
             timeline=timeline(result, setting.profile.kv_capacity_tokens) if task.detailed else None,
         )
@@ -196,7 +198,8 @@ def timeline(result: SimResult, kv_capacity_tokens: int) -> Timeline:
         waiting[sample.instance][at[sample.t]] = sample.waiting
         kv[sample.instance][at[sample.t]] = 100.0 * sample.kv_tokens / kv_capacity_tokens
         budget_ms[sample.instance][at[sample.t]] = 1000.0 * sample.budget_s
-    return Timeline(result.run.duration_s, times, list(waiting.values()), list(budget_ms.values()), list(kv.values()))
+    by_instance = list(waiting.values()), list(budget_ms.values()), list(kv.values())
+    return Timeline(result.run.duration_s, times, *by_instance, result.sizes)
 
 
 def perform_all(

@@ -172,6 +172,12 @@ def test_a_fleet_follows_a_step_up_and_down_and_no_stream_fails(
     wait_until(lambda: fleet.effects(StopInstance), fleet.report)
     assert {launch["means"] for launch in fleet.effects(Launch)} >= {"disk", "standby", "d2d"}
     assert {plan["reason"] for plan in fleet.effects(Planned)} >= {"24 requests, 4 an instance", "2 were asked for"}
+    given = next(launch["instance"] for launch in fleet.effects(Launch) if launch["means"] == "d2d")
+    capsys.readouterr()
+    assert fleet.run("explain", given) == 0
+    story = capsys.readouterr().out
+    for told in ("is launched, weights by d2d: ", "engine_init took", "is to get its weights from tiny-", "MB in"):
+        assert told in story, story
     phases = [entry.event for entry in fleet.journal() if isinstance(entry.event, LaunchProgressed)]
     assert {event.phase for event in phases} == {"process", "engine_init", "warm_up", "weights"}
     assert all(event.seconds > 0.0 for event in phases)

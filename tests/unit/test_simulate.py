@@ -18,7 +18,8 @@ from hyperflexis.core.slo import Slo
 from hyperflexis.errors import ConfigError
 from hyperflexis.policy.catalog import POLICIES, STEPS
 from hyperflexis.policy_file import load_policy
-from hyperflexis.simulate import log_lines, make_plan, parse_loads, parse_seeds
+from hyperflexis.simulate import log_lines, make_plan
+from hyperflexis.simulate_options import parse_loads, parse_seeds
 from hyperflexis.simulate_run import BoundTask, Runner, RunTask
 
 WORKLOAD = """\

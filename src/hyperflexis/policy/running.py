@@ -67,13 +67,12 @@ class Highest:
 
 class Running(Generic[D]):
     """See the module. ``ticks`` counts iterations, ``last_at`` is when the last one ended, ``kv_tokens`` the context
-    tokens of all requests here, ``num_missed`` those whose first token was late."""
+    tokens of all requests here."""
 
     def __init__(self) -> None:
         self.ticks = 0
         self.last_at = 0.0
         self.kv_tokens = 0
-        self.num_missed = 0
         self._jobs: dict[str, D] = {}
         self._by_pace: dict[float, list[tuple[float, int, D]]] = {}
         self._place: dict[str, tuple[float, tuple[float, int, D]]] = {}
@@ -127,7 +126,6 @@ class Running(Generic[D]):
         self.kv_tokens += job.computed
         self._values.add(job.value)
         if job.missed_first:
-            self.num_missed += 1
             return
         if job.last_due < inf:
             self._changing[job.id] = job
@@ -145,7 +143,6 @@ class Running(Generic[D]):
         if job is None:
             return None
         self.kv_tokens -= computed
-        self.num_missed -= job.missed_first
         self._values.remove(job.value)
         if self._changing.pop(id, None) is self._shortest:
             self._shortest = None

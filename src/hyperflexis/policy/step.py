@@ -4,7 +4,7 @@
        smaller chunk, whose tokens are cheaper (latency.py), keeps as many on time
     2. waiting requests that cannot make their deadline any more are *late*; of the others the on-time subset is
        *kept* (order.py), the rest *demoted in place*: nothing is moved or refused, each iteration decides afresh
-    3. order: starving, kept by deadline, demoted by deadline, late (started first, then shortest)
+    3. order: kept by deadline, demoted by deadline, late (started first, then shortest)
     4. chunks are filled in that order up to T; new requests start only where their KV fits and where one more decode
        leaves every promised pace feasible
 
@@ -13,7 +13,7 @@ Pure: the Batcher owns the state, vLLM's scheduler plug-in can call the same fun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from heapq import merge
 from itertools import chain, islice
@@ -36,11 +36,6 @@ MIN_CHUNK = 32
 """Smallest chunk worth a place in an iteration, unless it finishes its prompt: a sliver costs more than it brings."""
 LATE_KV_SHARE = 0.3
 """Late requests are started only while less than this share of the KV cache is in use, so that they do not fill it."""
-STARVING_S = 120.0
-"""A demoted request that has waited this long gets STARVING_SHARE of each iteration's prefill time, oldest first, while
-no other late request decodes: one at a time, so that those that can be on time lose little. Without that limit the
-share (at 10% after a minute) costs 2-3% of all requests at 1.3 times the capacity."""
-STARVING_SHARE = 0.05
 HURRY = 0.6
 """Cheap chunks are taken while all that are kept would be on time at this share of their speed: who arrives next must
 find room too. In simulation (H100, load 1.1) 1 / 0.7 / 0.5 / 0.3 / never give 96.7 / 97.6 / 97.4 / 97.2 / 96.5% on
@@ -114,13 +109,8 @@ def plan(
     pace, top = min(paces, default=inf), max(running.top_value, waiting.top_value)
     admission = _Admission(len(waiting.started), decodes, kv_tokens, pace, top, latency, limits)
     room: _Room[J] = _Room(decodes, kv_tokens, limits.max_batch_tokens - decodes, latency)
-    if queue.starving is not None and not running.num_missed and admission.admits(queue.starving, late=False):
-        # On a slow device its share of the time may never hold a chunk.
-        room.give(queue.starving, decode_s + STARVING_SHARE * max(budget_s - decode_s, 0.0), must_run=not decodes)
     for job, late in queue.in_order(admission):
         must_run = not decodes and not room.prefills  # progress, whatever the coefficients say
-        if job is queue.starving:
-            continue
         if admission.admits(job, late) and not room.give(job, budget_s, must_run):
             break
     return StepPlan(room.prefills, budget_s, late=tuple(queue.newly_late))
@@ -208,7 +198,6 @@ class _Queue(Generic[J]):
         self._kept = [by_id[item.id] for item in kept]
         kept_ids = {item.id for item in kept}
         self._demoted = [by_id[item.id] for item in items if item.id not in kept_ids]
-        self.starving = self._find_starving(now, kept_ids)
 
     def fits(self, speed: float) -> bool:
         """Whether those that are kept are on time at this speed too."""
@@ -229,15 +218,6 @@ class _Queue(Generic[J]):
             if admission.refuses_late:
                 break
             yield job, True
-
-    def _find_starving(self, now: float, kept: Container[str]) -> J | None:
-        """The oldest request that is not kept, if it has waited for too long."""
-        for job in self._waiting:
-            if now - job.arrived_at <= STARVING_S:
-                break
-            if job.id not in kept:
-                return job
-        return None
 
 
 class _Admission:

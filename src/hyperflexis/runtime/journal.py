@@ -27,6 +27,7 @@ from ..errors import ProtocolError
 VERSION = 1
 _log = logging.getLogger(__name__)
 _EVENTS: dict[str, type] = {kind.__name__: kind for kind in get_args(Event)}
+_EFFECTS: dict[str, type] = {kind.__name__: kind for kind in get_args(Effect)}
 
 
 class Header(msgspec.Struct, frozen=True):
@@ -89,6 +90,15 @@ class _Pending:
 def encode_effects(effects: Sequence[Effect]) -> bytes:
     """The journal's form of a list of effects."""
     return msgspec.json.encode([_Tagged(type(effect).__name__, effect) for effect in effects])
+
+
+def decode_effects(effects: bytes) -> list[Effect]:
+    """What ``encode_effects`` was given. Raises ProtocolError for anything else."""
+    try:
+        tagged = msgspec.json.decode(effects, type=list[_RawTagged])
+        return [msgspec.json.decode(one.value, type=_EFFECTS[one.type]) for one in tagged]
+    except (msgspec.DecodeError, KeyError) as error:
+        raise ProtocolError(f"not the effects of a version {VERSION} journal: {error}") from error
 
 
 def encode_line(now: float, event: Event, effects: Sequence[Effect], shadow: Decision | None = None) -> bytes:

@@ -55,13 +55,15 @@ Curves = Mapping[str, ClassCurves]
 @dataclass(frozen=True, slots=True)
 class Timeline:
     """Series by instance at the same ``times``; the last request arrives before ``duration_s``. Infinite budgets mean
-    that the policy sets none, 0 that the instance rests; ``kv`` is in percent of its capacity."""
+    that the policy sets none, 0 that the instance rests; ``kv`` is in percent of its capacity. ``sizes`` are (time,
+    instances) where that changes."""
 
     duration_s: float
     times: Sequence[float]
     waiting: Sequence[Sequence[float]]
     budget_ms: Sequence[Sequence[float]]
     kv: Sequence[Sequence[float]]
+    sizes: Sequence[tuple[float, int]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,9 +299,15 @@ def _log_ticks(low: float, high: float) -> list[float]:
 def timeline_figure(timelines: Mapping[str, Timeline], load: float) -> Figure:
     """A row a policy, a column a figure; thin: each instance, thick: their mean. Grey: no more arrivals."""
     columns = (("waiting", "requests waiting"), ("budget_ms", "time budget, ms"), ("kv", "KV in use, %"))
-    figure, grid = plot.panels(len(columns), 3.4, 1.8, rows=len(timelines), sharex="all", sharey="col")
+    scaled = any(t > 0.0 for line in timelines.values() for t, _ in line.sizes)
+    titles = [label for _, label in columns] + ["instances"] * scaled
+    figure, grid = plot.panels(len(titles), 3.4, 1.8, rows=len(timelines), sharex="all", sharey="col")
     for index, (panels, (name, line)) in enumerate(zip(grid, timelines.items(), strict=True)):
-        for panel, (field, _) in zip(panels, columns, strict=True):
+        if scaled:
+            times, counts = [t for t, _ in line.sizes], [count for _, count in line.sizes]
+            end = max(line.times[-1], times[-1])
+            panels[-1].step([*times, end], [*counts, counts[-1]], where="post", color=plot.colour(index), lw=1.4)
+        for panel, (field, _) in zip(panels, columns, strict=False):
             series = [[_shown(field, value) for value in one] for one in getattr(line, field)]
             for one in series:
                 panel.plot(line.times, one, color=plot.colour(index), lw=0.6, alpha=0.35)
@@ -312,7 +320,7 @@ def timeline_figure(timelines: Mapping[str, Timeline], load: float) -> Figure:
     for panels, line in zip(grid, timelines.values(), strict=True):
         for panel in panels:
             panel.axvspan(line.duration_s, max(last_s, line.duration_s), color="#f1f1f1", lw=0, zorder=0)
-    for panel, (_, label) in zip(grid[0], columns, strict=True):
+    for panel, label in zip(grid[0], titles, strict=True):
         panel.set_title(label)
     for panel in grid[-1]:
         panel.set_xlabel("seconds")

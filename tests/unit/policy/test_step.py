@@ -143,17 +143,6 @@ def test_a_prompt_that_has_begun_goes_on_behind_newcomers_that_find_no_place():
     assert _ids(_plan([*newcomers, begun], [], MODEL, one_place)) == ["begun"]
 
 
-def test_a_starving_request_gets_a_share_although_others_are_kept():
-    old = Request("old", 50_000, next_due=-150.0, arrived_at=-200.0)
-    fresh = [Request(f"f{i}", 1000, next_due=1.0) for i in range(5)]
-    plan = _plan([old, *fresh])
-    tokens = dict((job.id, n) for job, n in plan.prefills)
-    assert 0 < tokens["old"] < tokens["f0"]
-    lost = Request("lost", missed_first=True, computed=10, next_due=-1.0, pace_s=0.05)
-    one_at_a_time = _plan([old, *fresh], [lost])
-    assert "old" not in _ids(one_at_a_time), "another late request decodes already"
-
-
 def test_progress_is_made_even_where_nothing_is_feasible():
     slow = Coefficients(c0=1.0, c1=1.0, c2=0.0, c3=0.0, c4=0.0)
     plan = _plan([Request("p", 100, next_due=-1.0, computed=5000, started=True)], [], slow, LIMITS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 
@@ -95,3 +96,13 @@ def test_long_curves_are_thinned_and_keep_their_ends() -> None:
 def test_what_a_sweep_does_not_reach_is_said() -> None:
     assert carried_text(Carried(None)) == "below the sweep"
     assert carried_text(Carried(1.5, at_least=True), 2.0) == "≥ 3.00"
+
+
+def test_a_fleet_that_changes_its_size_shows_it() -> None:
+    pytest.importorskip("matplotlib", reason="reports need the extra `report`")
+    fixed = next(iter(comparison((1.0,)).timelines.values()))
+    scaled = replace(fixed, sizes=[(0.0, 2), (5.0, 3)])
+    figure = compare.timeline_figure({"fixed": replace(fixed, sizes=[(0.0, 2)]), "scaled": scaled}, 1.0)
+    drawn = [panel.lines[0].get_xydata().tolist() for panel in figure.axes[3::4]]
+    assert drawn == [[[0.0, 2.0], [14.0, 2.0]], [[0.0, 2.0], [5.0, 3.0], [14.0, 3.0]]]
+    assert len(compare.timeline_figure({"fixed": fixed}, 1.0).axes) == 3
