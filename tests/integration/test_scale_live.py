@@ -151,16 +151,15 @@ def test_a_fleet_follows_a_step_up_and_down_and_no_stream_fails(
     streams = Streams(fleet, 24, 1500)
     fleet.wait_number(6)
     assert streams.running, "they ran all the while"
-    more = Streams(fleet, 6, 300)
+    more = Streams(fleet, 6, 600)
     assert len({*more.at, *streams.at}) > 2, "the new ones take their part"
-    # They are drained while they run streams, which go on elsewhere.
+    # They are drained while they run streams.
     capsys.readouterr()
     assert fleet.run("scale", "tiny", "2") == 0
     assert "tiny has 2 instances ready" in capsys.readouterr().out
     fleet.wait_number(2)
     streams.check()
     more.check()
-    assert fleet.metric("handoffs_total", outcome="handed") > 0, "with their KV"
     assert fleet.metric("scale_held_instances") == 2
     assert fleet.metric("launch_seconds_count", phase="weights") >= 6
     assert fleet.metric("launch_seconds_sum", phase="engine_init") > 0.0
@@ -192,6 +191,7 @@ def test_a_machine_that_is_taken_back_is_left_in_time_and_replaced(fleet: Fleet)
     replacement = fleet.newest(before)
     wait_until(lambda: not alive(before[going]), fleet.report, limit_s=3.5)
     assert streams.running, "it did not wait for them"
+    assert fleet.metric("handoffs_total", outcome="handed") >= 4, "those that it had went on with their KV"
     fleet.wait_number(2)
     assert replacement in fleet.instances()
     streams.check()
