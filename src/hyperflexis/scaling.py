@@ -223,8 +223,14 @@ class Scaling:
         )
 
     def _start_s(self, model: str) -> dict[Means, float]:
-        """What starts take, as measured, else as was expected."""
-        return self._scales[model].start_s | self.memory.start_s.get(model, {})
+        """What starts take, as measured. Before, as was expected: of those that begin with a process, longer or shorter
+        as the other kind was, or one that was guessed too long would never be tried."""
+        expected, measured = self._scales[model].start_s, self.memory.start_s.get(model, {})
+        found = expected | measured
+        for means, other in (("disk", "d2d"), ("d2d", "disk")):
+            if means in expected and means not in measured and other in measured and expected.get(other):
+                found[means] = expected[means] * measured[other] / expected[other]
+        return found
 
     def _expected_s(self, model: str, means: Means) -> float:
         starts = self._start_s(model)

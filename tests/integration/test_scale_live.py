@@ -121,7 +121,8 @@ def fleets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Fleet]]:
     found = [Fleet(file).wait_ready()]
     yield found
     found[-1].instances()
-    found[-1].stop()
+    assert found[-1].stop() == 0
+    assert replay(found[-1].state_dir / "journal") == len(found[-1].journal())
     for fleet in found:
         assert not [pid for pid in fleet.pids if alive(pid)], "children were left behind"
 
@@ -148,7 +149,7 @@ def test_a_fleet_follows_a_step_up_and_down_and_no_stream_fails(
     fleet: Fleet, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fleet.run("scale", "tiny", "2") == 0 == fleet.run("scale", "tiny", "auto")
-    streams = Streams(fleet, 24, 1500)
+    streams = Streams(fleet, 24, 1000)
     fleet.wait_number(6)
     assert streams.running, "they ran all the while"
     more = Streams(fleet, 6, 600)
@@ -184,14 +185,14 @@ def test_a_fleet_follows_a_step_up_and_down_and_no_stream_fails(
 
 def test_a_machine_that_is_taken_back_is_left_in_time_and_replaced(fleet: Fleet) -> None:
     assert fleet.run("scale", "tiny", "2") == 0
-    streams = Streams(fleet, 8, 1500)
+    streams = Streams(fleet, 8, 900)
     before, going = fleet.instances(), streams.at[0]
     os.kill(before[going], signal.SIGUSR1)
     fleet.wait_text(rf"{going} takes nothing new: it was told to end within \d")
     replacement = fleet.newest(before)
     wait_until(lambda: not alive(before[going]), fleet.report, limit_s=3.5)
     assert streams.running, "it did not wait for them"
-    assert fleet.metric("handoffs_total", outcome="handed") >= 4, "those that it had went on with their KV"
+    assert fleet.metric("handoffs_total", outcome="handed") > 0, "what decoded there went on with its KV"
     fleet.wait_number(2)
     assert replacement in fleet.instances()
     streams.check()
@@ -218,7 +219,7 @@ def test_launches_outlive_serve_and_the_controller(fleets: list[Fleet], fleet: F
     assert fleet.run("scale", "tiny", "1") == 0
     fleet.wait_number(1)
     fleet.wait_shell()
-    streams = Streams(fleet, 2, 2500)
+    streams = Streams(fleet, 2, 1500)
     before = fleet.instances()
     asking = fleet.runs("scale", "tiny", "3")
     new = fleet.newest(before)
@@ -244,8 +245,6 @@ def test_launches_outlive_serve_and_the_controller(fleets: list[Fleet], fleet: F
     assert len(fleet.instances()) == 5
     streams.check()
     fleet.pids |= {child["pid"] for child in fleet.state()["children"].values()}
-    assert fleet.stop() == 0
-    assert replay(fleet.state_dir / "journal") == len(fleet.journal())
 
 
 def test_a_new_torch_instance_has_its_weights_from_one_that_serves(tmp_path: Path) -> None:

@@ -333,6 +333,17 @@ def test_the_first_start_that_is_measured_replaces_what_was_expected():
     assert of(Planned, tick(c, 7.0))[0].horizon_s == pytest.approx(4.0 - 0.3 * 2.0), "then quicker ones count a part"
 
 
+def test_a_way_that_was_guessed_too_slow_is_tried_all_the_same():
+    c = fleet(0, policy="fixed@1", start_s={"disk": 100.0, "d2d": 80.0})
+    (first,) = of(Launch, tick(c, 1.0))
+    assert first.means == "disk", "nobody has the weights"
+    c.handle(InstanceJoined(info(first.instance)), 11.0)
+    c.handle(ScaleAsked("m", 2), 11.0)
+    effects = tick(c, 12.0)
+    assert of(Launch, effects)[0].means == "d2d"
+    assert of(Planned, effects)[0].horizon_s == 8.0, "a tenth of what was expected, as from disk"
+
+
 def test_phases_of_starts_are_summed_once_each():
     c = fleet(0, policy="fixed@1")
     (launch,) = of(Launch, tick(c, 1.0))
