@@ -32,8 +32,9 @@ PROMISE_SHARE = 0.4
 and must have time left for an own one. That where nothing decodes alone: −0.3 and −0.2 points (4 H100, Azure, tuning
 windows, loads 0.9 and 1.2), −1.6 and −1.4 (two torch engines, 0.8 and 1.2). Everywhere, 0.3 / 0.4 / 0.6 give 93.8 /
 93.1 / 92.8% and 82.7 / 82.8 / 81.9% on those engines, 98.2 / 98.4% and 96.6 / 96.6% on H100 (0.3 and 0.4)."""
-LEAST_C0 = 3.0
-"""But no less than three times what an empty one costs: a promise that cannot be kept must not slow all others down."""
+LEAST_STRETCH = 3.0
+"""But no less than three times what its decodes take alone: a promise that cannot be kept must not slow all others
+down."""
 MIN_CHUNK = 32
 """Smallest chunk worth a place in an iteration, unless it finishes its prompt: a sliver costs more than it brings."""
 HURRY = 0.6
@@ -98,7 +99,7 @@ def plan(
         return StepPlan([])
     tightest = list(running.tightest(now, decode_s))
     budget_s = budget.iteration_s(now, tightest, decode_s, latency.q90)
-    budget_s = min(budget_s, max(PROMISE_SHARE * waiting.promise_s, LEAST_C0 * latency.c0))
+    budget_s = min(budget_s, max(PROMISE_SHARE * waiting.promise_s, LEAST_STRETCH * decode_s))
     share = max(1.0 - decode_s / budget_s, 0.05) if budget_s > 0.0 else 0.05
     queue = _Queue(now, waiting, latency, share)
     if decodes and limits.kv_capacity_tokens - limits.kv_free_tokens > FULL_KV_SHARE * limits.kv_capacity_tokens:
