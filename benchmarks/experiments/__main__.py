@@ -222,7 +222,9 @@ def extrapolated(runs: Rows) -> str:
     """How much of the iteration time lies outside of what the profiles were measured for."""
     shares: dict[str, list[float]] = {}
     for task, row in runs.items():
-        shares.setdefault(Path(SCENARIOS[task.scenario].profile).stem, []).append(row.outside_share)
+        shares.setdefault(Path(SCENARIOS[task.scenario].profile).name.removesuffix(".json"), []).append(
+            row.outside_share
+        )
     spans = (f"`{name}` {100 * min(found):.0f} to {100 * max(found):.0f}%" for name, found in sorted(shares.items()))
     return f"Iteration time outside of what the profile was measured for, by run: {', '.join(spans)}."
 

@@ -203,16 +203,19 @@ def _fresh(*promises):
     return found
 
 
-def test_without_decodes_an_iteration_leaves_a_newcomer_time_for_its_own():
-    plan = step.plan(0.0, _fresh(0.2, 9.0), _running(), MODEL, LIMITS)
-    assert plan.budget_s == 0.4 * 0.2
+def test_an_iteration_leaves_a_newcomer_time_for_its_own():
+    loose = Request("d", next_due=9.0, pace_s=1.0, computed=10)
+    for running in (_running(), _running(loose)):
+        assert step.plan(0.0, _fresh(0.2, 9.0), running, MODEL, LIMITS).budget_s == 0.4 * 0.2
     waiting = _fresh(9.0)
     waiting.add(Request("back", 4000, next_due=0.001))
     assert step.plan(0.0, waiting, _running(), MODEL, LIMITS).budget_s > 0.1, "only what is new makes a promise"
 
 
 def test_a_promise_that_cannot_be_kept_does_not_slow_the_others_down():
-    plan = step.plan(0.0, _fresh(0.001, 9.0), _running(), MODEL, LIMITS)
-    assert plan.budget_s == 3.0 * MODEL.c0
-    ((job, n),) = plan.prefills
-    assert job.id == "1" and n > 100
+    decodes = [Request(f"d{i}", next_due=9.0, pace_s=1.0, computed=10) for i in range(40)]
+    for running in ([], decodes):
+        plan = step.plan(0.0, _fresh(0.001, 9.0), _running(*running), MODEL, LIMITS)
+        assert plan.budget_s == 3.0 * MODEL.decode_s(len(running), 10 * len(running))
+        ((job, n),) = plan.prefills
+        assert job.id == "1" and n > 100
