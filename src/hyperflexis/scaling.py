@@ -3,10 +3,10 @@
     arrival, end of a request   are counted (core/demand.py)
     each second, per model      forecast, wish, bound, hold (policy/scale.py); then the means, cheapest first:
 
-        more     cancel our drain -> wake a shell -> launch, if there are devices fewer    stop the youngest that is not
-        ready -> drain the one with the fewest requests drain    gets nothing new; what would run long goes on elsewhere
-        (the controller's business); empty at two looks in
-                 a row, it is stopped: at one, its last request may be on its way elsewhere
+        more     cancel our drain -> wake a shell -> launch, if there are devices
+        fewer    stop the youngest that is not ready -> drain the one with the fewest requests
+        drain    gets nothing new; what would run long goes on elsewhere (the controller's business); empty at two looks
+                 in a row, it is stopped: at one, its last request may be on its way elsewhere
         launch   fails or does not come up in time -> another one, elsewhere; after several failures later and later
 
 Nothing is planned before the launcher has said what runs: a controller that has just been started knows nothing. Whom a
@@ -174,7 +174,7 @@ class Scaling:
         """An instance is READY, maybe one that was launched here: what that took is learnt. One that drains for an
         earlier controller goes on to do so."""
         id, memory = event.info.id, self.memory
-        if event.draining and event.ends:
+        if event.draining and event.ends and id not in memory.drains:
             memory = self.memory = replace(memory, drains=(*memory.drains, id))
         launching = cluster.launches.pop(id, None)
         if launching is None or launching.adopted:

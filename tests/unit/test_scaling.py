@@ -14,6 +14,7 @@ from hyperflexis.core.events import (
     DrainAsked,
     GatewayJoined,
     InstanceJoined,
+    InstanceLeft,
     InstanceReported,
     LauncherJoined,
     LaunchFailed,
@@ -321,6 +322,9 @@ def test_a_drain_of_ours_goes_on_under_the_next_controller_and_a_persons_stays_t
     c.handle(InstanceJoined(info("a"), served=True), 1.0)
     c.handle(InstanceJoined(info("b"), draining=True, served=True, ends=True), 1.0)
     c.handle(InstanceJoined(info("c"), draining=True, served=True), 1.0)
+    c.handle(InstanceLeft("b", 1, "its link was cut"), 1.5)
+    c.handle(InstanceJoined(info("b"), draining=True, served=True, ends=True), 1.6)
+    assert c.scaling.drains == ("b",)
     assert [stop.instance for stop in of(StopInstance, tick(c, 2.0, 3.0, 4.0))] == ["b"]
 
 
