@@ -82,7 +82,7 @@ from .policy.links import LINK_LIMIT_S
 from .policy.place import PlaceMemory, Placement
 from .policy.roles import RolesMemory
 from .policy.scale import ScaleConfig
-from .scaling import MIGRATE_S, Scaling, ScalingMemory
+from .scaling import Scaling, ScalingMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,11 @@ class Controller:
                 return [effect for one in ends for effect in self._become_ready(one, now)]
             case InstanceDraining():
                 instance = self.cluster.current(event.id, event.epoch)
-                if instance is not None and instance.state is not InstanceState.DRAINING:
+                if instance is None:
+                    return []
+                if self._scaling is not None:
+                    self._scaling.leaves(event.id)
+                if instance.state is not InstanceState.DRAINING:
                     return self._stop_placing(instance, now)
             case DrainAsked():
                 return self._drain(event, now)
@@ -268,8 +272,8 @@ class Controller:
             elif isinstance(effect, Launch):
                 links += self._loading.load(cluster.launches[effect.instance], now)
         if effects:
-            for instance in self._scaling.draining(cluster):
-                effects += self._disaggregation.migrate(instance, now, MIGRATE_S)
+            for instance, longer_s in self._scaling.draining(cluster):
+                effects += self._disaggregation.migrate(instance, now, longer_s)
         return effects + links
 
     def _dispatch(self, tracked: TrackedRequest, placement: Placement, decision: Decision, now: float) -> Dispatch:
@@ -440,6 +444,8 @@ class Controller:
         limit_s = event.limit_s
         if event.hard and limit_s is not None:
             limit_s = in_time(limit_s)
+            if self._scaling is not None:
+                self._scaling.leaves(instance.id)
         elif not self.cluster.ready(instance.info.model):
             limit_s = None  # what can go nowhere else runs to its end here
         return [*others, Drain(instance.id, instance.info.epoch, limit_s, event.on)]

@@ -22,21 +22,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("instance", metavar="INSTANCE", help="as `serve` names it: tiny-0")
     add("--fleet", type=Path, metavar="FLEET.yaml", help=FLEET_HELP)
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument(
+    by = parser.add_mutually_exclusive_group()
+    by.add_argument(
         "--limit",
         type=float,
         metavar="S",
         help=f"seconds until its streams go on elsewhere, if another instance can take them (default: {LIMIT_S:g})",
     )
-    how.add_argument(
+    by.add_argument(
         "--deadline",
         type=float,
         metavar="S",
         help="its machine is gone after so many seconds: before that its streams go on elsewhere, or wait for another "
         "instance",
     )
-    how.add_argument("--undo", action="store_true", help="let it take requests again")
+    add("--undo", action="store_true", help="let it take requests again")
 
 
 def run(args: argparse.Namespace) -> int:

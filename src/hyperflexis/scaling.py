@@ -59,8 +59,9 @@ LEARN = 0.3
 class ScalingMemory:
     """Between two looks. ``launcher``: it has said what runs; ``start_s``: what starts took, by model and means, and
     ``phases``: how many of each there were and their seconds; ``drains``: instances that drain for us; ``empty``: those
-    of them that were empty; ``stopped``: those that were to end, the last ones; ``number``: of the last instance that
-    was named; ``failures`` in a row and when to ``retry``, by model; ``avoid``: where launches failed."""
+    of them that were empty; ``leaving``: instances that end by themselves, or with their machine; ``stopped``: those
+    that were to end, the last ones; ``number``: of the last instance that was named; ``failures`` in a row and when to
+    ``retry``, by model; ``avoid``: where launches failed."""
 
     launcher: bool = False
     planned_at: float = -inf
@@ -69,6 +70,7 @@ class ScalingMemory:
     phases: dict[str, dict[Phase, tuple[int, float]]] = field(default_factory=dict)
     drains: tuple[str, ...] = ()
     empty: tuple[str, ...] = ()
+    leaving: tuple[str, ...] = ()
     stopped: tuple[str, ...] = ()
     number: int = 0
     failures: dict[str, int] = field(default_factory=dict)
@@ -286,10 +288,18 @@ class Scaling:
             effects += self._shells(cluster, scale, now)
         return effects
 
-    def draining(self, cluster: Cluster) -> list[TrackedInstance]:
-        """Instances that are to end, with requests that may go on elsewhere."""
-        found = (cluster.instances[id] for id in self.memory.drains if id in cluster.instances)
-        return [instance for instance in found if instance.requests]
+    def leaves(self, id: str) -> None:
+        """An instance is gone soon, whatever we want."""
+        if id not in self.memory.leaving:
+            self.memory = replace(self.memory, leaving=(*self.memory.leaving, id))
+
+    def draining(self, cluster: Cluster) -> list[tuple[TrackedInstance, float]]:
+        """Instances that are to end, with requests that may go on elsewhere: those that would run for longer than so
+        many seconds."""
+        memory = self.memory
+        limits = dict.fromkeys(memory.drains, MIGRATE_S) | dict.fromkeys(memory.leaving, 0.0)
+        found = [(cluster.instances[id], limit_s) for id, limit_s in limits.items() if id in cluster.instances]
+        return [(instance, limit_s) for instance, limit_s in found if instance.requests]
 
     def _see(self, cluster: Cluster, scale: ModelScale, now: float) -> Seen:
         model = scale.model
@@ -331,7 +341,7 @@ class Scaling:
         drains, empty = [], []
         for id in self.memory.drains:
             instance = cluster.instances.get(id)
-            if instance is None or instance.state is not InstanceState.DRAINING:
+            if instance is None or not _drains(instance):
                 continue
             if not instance.has_work and id in self.memory.empty:
                 cluster.leave(instance, InstanceState.STOPPED)
@@ -340,7 +350,9 @@ class Scaling:
             drains.append(id)
             if not instance.has_work:
                 empty.append(id)
-        self.memory = replace(self.memory, drains=tuple(drains), empty=tuple(empty))
+        gone = {id for id in self.memory.leaving if not _drains(cluster.instances.get(id))}
+        leaving = tuple(id for id in self.memory.leaving if id not in gone)
+        self.memory = replace(self.memory, drains=tuple(drains), empty=tuple(empty), leaving=leaving)
         return effects
 
     # Fewer
@@ -455,3 +467,7 @@ class Scaling:
             for model, scale in self._scales.items()
         )
         return self.config.devices - used
+
+
+def _drains(instance: TrackedInstance | None) -> bool:
+    return instance is not None and instance.state is InstanceState.DRAINING

@@ -152,7 +152,7 @@ def test_a_fleet_follows_a_step_up_and_down_and_no_stream_fails(
     streams = Streams(fleet, 24, 1000)
     fleet.wait_number(6)
     assert streams.running, "they ran all the while"
-    more = Streams(fleet, 6, 600)
+    more = Streams(fleet, 6, 400)
     assert len({*more.at, *streams.at}) > 2, "the new ones take their part"
     # They are drained while they run streams.
     capsys.readouterr()
@@ -183,9 +183,11 @@ def test_a_fleet_follows_a_step_up_and_down_and_no_stream_fails(
     assert all(event.seconds > 0.0 for event in phases)
 
 
-def test_a_machine_that_is_taken_back_is_left_in_time_and_replaced(fleet: Fleet) -> None:
+def test_a_machine_that_is_taken_back_is_left_in_time_and_replaced(
+    fleet: Fleet, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert fleet.run("scale", "tiny", "2") == 0
-    streams = Streams(fleet, 8, 900)
+    streams = Streams(fleet, 8, 600)
     before, going = fleet.instances(), streams.at[0]
     os.kill(before[going], signal.SIGUSR1)
     fleet.wait_text(rf"{going} takes nothing new: it was told to end within \d")
@@ -198,10 +200,22 @@ def test_a_machine_that_is_taken_back_is_left_in_time_and_replaced(fleet: Fleet)
     streams.check()
     told = [entry.event for entry in fleet.journal() if isinstance(entry.event, InstanceDraining)]
     assert [event.id for event in told if event.limit_s < 3.0] == [going], "the others were just stopped"
+    # The same, asked for from outside.
+    streams = Streams(fleet, 4, 500)
+    capsys.readouterr()
+    assert fleet.run("drain", streams.at[0], "--deadline", "3") == 0
+    story = capsys.readouterr().out
+    assert "requests run there: all are to be elsewhere within 3 s" in story and "is empty" in story
+    assert streams.running, "it did not wait for them"
+    streams.check()
+    assert fleet.run("drain", streams.at[0], "--undo") == 0
+    assert fleet.run("drain", streams.at[0], "--deadline", "0") == 2
+    assert "--deadline 0.0 must be above 0" in capsys.readouterr().err
 
 
 def test_a_launch_that_is_killed_is_tried_again_under_another_name(fleet: Fleet) -> None:
     assert fleet.run("scale", "tiny", "1") == 0
+    fleet.wait_number(1)
     fleet.wait_shell()
     before = fleet.instances()
     wanted = fleet.runs("scale", "tiny", "3")
@@ -219,7 +233,7 @@ def test_launches_outlive_serve_and_the_controller(fleets: list[Fleet], fleet: F
     assert fleet.run("scale", "tiny", "1") == 0
     fleet.wait_number(1)
     fleet.wait_shell()
-    streams = Streams(fleet, 2, 1500)
+    streams = Streams(fleet, 2, 900)
     before = fleet.instances()
     asking = fleet.runs("scale", "tiny", "3")
     new = fleet.newest(before)

@@ -13,6 +13,7 @@ from hyperflexis.core.effects import Dispatch, Drain, Effect, Handoff, Launch, P
 from hyperflexis.core.events import (
     DrainAsked,
     GatewayJoined,
+    InstanceDraining,
     InstanceJoined,
     InstanceLeft,
     InstanceReported,
@@ -355,6 +356,21 @@ def test_phases_of_starts_are_summed_once_each():
         c.handle(LaunchProgressed(launch.instance, phase, seconds, InstanceState.LAUNCHING), 2.0)
     c.handle(LaunchProgressed("unknown", "process", 9.0, InstanceState.LAUNCHING), 2.0)
     assert c.scaling.phases == {"m": {"process": (1, 2.0), "engine_init": (1, 3.0)}}
+
+
+def test_what_comes_to_decode_on_a_machine_that_goes_follows_however_short_it_is():
+    for notice in (InstanceDraining("i0", 1, 28.0), DrainAsked("i0", 30.0, hard=True)):
+        c = fleet(2, policy="fixed@2")
+        asked = bound_to(c, "i0", "a")
+        assert not of(Handoff, c.handle(notice, 1.0)), "its prompt is not computed yet"
+        c.handle(InstanceReported(replace(report("i0", (RequestProgress(asked.id, 500, 1),)), num_running=1)), 1.5)
+        effects = tick(c, 2.0)
+        assert [handoff.request_id for handoff in of(Handoff, effects)] == ["a"]
+        assert len(of(Launch, effects)) == 1, "and another is launched in its place"
+        assert c.scaling.leaving == ("i0",)
+        c.handle(InstanceLeft("i0", 1, "it ended"), 2.5)
+        tick(c, 3.0)
+        assert c.scaling.leaving == ()
 
 
 def test_a_machine_that_goes_is_drained_in_time_even_where_no_other_is_ready():
