@@ -19,7 +19,14 @@ from pathlib import Path
 
 from common import RESULTS, environment, write_results
 from hyperflexis.controller import Controller, ControllerConfig
-from hyperflexis.core.events import InstanceJoined, InstanceReported, RequestArrived, RequestFinished, Tick
+from hyperflexis.core.events import (
+    InstanceJoined,
+    InstanceReported,
+    LauncherJoined,
+    RequestArrived,
+    RequestFinished,
+    Tick,
+)
 from hyperflexis.core.instance import InstanceInfo, InstanceReport, RequestProgress
 from hyperflexis.core.latency import Coefficients
 from hyperflexis.core.request import Request
@@ -92,6 +99,7 @@ def measure_scaler(instances: int, requests_each: int, looks: int, seed: int) ->
     rng = random.Random(seed)
     scale = ScaleConfig((ModelScale("m", most=instances, start_s={"disk": 60.0}),))
     controller = Controller(ControllerConfig(("m",), scale=scale))
+    controller.handle(LauncherJoined(), 0.0)
     for i in range(instances):
         info = InstanceInfo(f"i{i}", 1, "m", "h100", f"unix:i{i}", "emulated", 32768, 400_000, 256, 8192, True, LATENCY)
         controller.handle(InstanceJoined(info), 0.0)

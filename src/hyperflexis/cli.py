@@ -61,6 +61,18 @@ def _drain(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def _scale_arguments(parser: argparse.ArgumentParser) -> None:
+    from .scale import add_arguments
+
+    add_arguments(parser)
+
+
+def _scale(args: argparse.Namespace) -> int:
+    from .scale import run
+
+    return run(args)
+
+
 def _explain_arguments(parser: argparse.ArgumentParser) -> None:
     from .explain import add_arguments
 
@@ -109,6 +121,14 @@ def _instance_arguments(parser: argparse.ArgumentParser) -> None:
         "--standby",
         action="store_true",
         help="be ready but for the weights, and wait for the controller to say where to get them",
+    )
+    add(
+        "--reclaim-s",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="SIGUSR1 says that its machine is gone after so many seconds: by then all streams have gone on elsewhere "
+        "(default: %(default)g)",
     )
     add(
         "--label",
@@ -276,6 +296,7 @@ def _config_docs(_: argparse.Namespace) -> int:
 COMMANDS: dict[str, Command] = {
     "serve": Command("start a fleet and keep it running", _serve_arguments, _serve),
     "drain": Command("empty an instance without losing a stream", _drain_arguments, _drain),
+    "scale": Command("set how many instances a model has, or let it follow its requests", _scale_arguments, _scale),
     "explain": Command("say what became of a request, an instance or a model, and why", _explain_arguments, _explain),
     "instance": Command("run one engine", _instance_arguments, _instance),
     "make-model": Command(

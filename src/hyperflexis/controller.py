@@ -19,6 +19,9 @@
                          Launch, StopInstance,       scaled, each second: as many instances as are needed
                          Drain, Handoff, Planned
     LaunchProgressed, LaunchFailed, ScaleAsked       the next Tick takes them into account
+    LauncherJoined    -> StopInstance                what runs; before that nothing is launched or ended
+    InstanceStandby   -> LoadWeights, SetSendRate    a shell that is to serve, and where it gets its weights
+    WeightsLoaded     -> StopInstance                it got none from anywhere
 
 The same code runs live, in the simulator and in replay. Time is an argument: seconds of one monotonic clock.
 """
@@ -36,6 +39,7 @@ from .core.effects import (
     Drain,
     Effect,
     Evacuate,
+    Launch,
     Reject,
     RejectReason,
     Suspect,
@@ -51,6 +55,7 @@ from .core.events import (
     InstanceLeft,
     InstanceLinked,
     InstanceReported,
+    LauncherJoined,
     LaunchFailed,
     LaunchProgressed,
     OpenRequest,
@@ -60,7 +65,7 @@ from .core.events import (
     ScaleAsked,
     Tick,
 )
-from .core.instance import InstanceState
+from .core.instance import InstanceInfo, InstanceState, in_time
 from .core.latency import Coefficients, share_left
 from .core.launch import Launching
 from .core.lengths import LengthModel
@@ -68,14 +73,16 @@ from .core.links import Links, Split
 from .core.request import Request, RequestState
 from .core.shares import FairShares
 from .core.stream import Sent, as_asked, due
+from .core.weights import InstanceStandby, WeightsLoaded
 from .disaggregation import Disaggregation
+from .loading import Loading
 from .policy.budget import CAP_S
 from .policy.catalog import find_policy
 from .policy.links import LINK_LIMIT_S
 from .policy.place import PlaceMemory, Placement
 from .policy.roles import RolesMemory
 from .policy.scale import ScaleConfig
-from .scaling import MIGRATE_S, Scaling, ScalingMemory
+from .scaling import Scaling, ScalingMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +120,7 @@ class Snapshot:
     placed: PlaceMemory = field(default_factory=PlaceMemory)
     tallies: dict[str, Tally] = field(default_factory=dict)
     launches: dict[str, Launching] = field(default_factory=dict)
+    standbys: dict[str, InstanceInfo] = field(default_factory=dict)
     scaling: ScalingMemory = field(default_factory=ScalingMemory)
 
 
@@ -133,6 +141,12 @@ class Controller:
         self._shadow_memory = PlaceMemory()
         self._disaggregation = Disaggregation(self.cluster, config.split, self._policy, self._name)
         self._scaling = None if config.scale is None else Scaling(config.scale, config.split)
+        self._loading = Loading(self.cluster)
+
+    @property
+    def scaling(self) -> ScalingMemory:
+        """What is remembered of starts and plans, to be told; empty where nothing is scaled."""
+        return ScalingMemory() if self._scaling is None else self._scaling.memory
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event at ``now`` and return what to do, in order. Never raises for a stale or repeated event."""
@@ -161,7 +175,11 @@ class Controller:
                 return [effect for one in ends for effect in self._become_ready(one, now)]
             case InstanceDraining():
                 instance = self.cluster.current(event.id, event.epoch)
-                if instance is not None and instance.state is not InstanceState.DRAINING:
+                if instance is None:
+                    return []
+                if self._scaling is not None:
+                    self._scaling.leaves(event.id)
+                if instance.state is not InstanceState.DRAINING:
                     return self._stop_placing(instance, now)
             case DrainAsked():
                 return self._drain(event, now)
@@ -179,6 +197,14 @@ class Controller:
                 effects = self._watch(now)
                 effects += self._disaggregation.adapt_roles(self.config.models, now)
                 return effects + self._scale(now)
+            case LauncherJoined():
+                if self._scaling is not None:
+                    return self._scaling.launcher_joined(self.cluster, event, now) + self._loading.recall(now)
+            case InstanceStandby():
+                return self._loading.standby(event, now)
+            case WeightsLoaded():
+                if self._scaling is not None and event.problem:
+                    return self._scaling.no_weights(self.cluster, event.instance, event.problem, now)
             case LaunchProgressed():
                 if self._scaling is not None:
                     self._scaling.progressed(self.cluster, event)
@@ -243,9 +269,11 @@ class Controller:
             if isinstance(effect, Drain):
                 instance = cluster.instances[effect.instance]
                 links += self._disaggregation.unlink(instance) if effect.on else self._disaggregation.link(instance)
+            elif isinstance(effect, Launch):
+                links += self._loading.load(cluster.launches[effect.instance], now)
         if effects:
-            for instance in self._scaling.draining(cluster):
-                effects += self._disaggregation.migrate(instance, now, MIGRATE_S)
+            for instance, longer_s in self._scaling.draining(cluster):
+                effects += self._disaggregation.migrate(instance, now, longer_s)
         return effects + links
 
     def _dispatch(self, tracked: TrackedRequest, placement: Placement, decision: Decision, now: float) -> Dispatch:
@@ -379,7 +407,7 @@ class Controller:
             effects += self._instance_left(known)
         instance = self.cluster.join(info)
         if self._scaling is not None:
-            self._scaling.joined(self.cluster, info.id, now)
+            self._scaling.joined(self.cluster, event, now)
         instance.health.alive_at = now
         for state in (InstanceState.STANDBY, InstanceState.LOADING):
             instance.move(state)
@@ -413,8 +441,13 @@ class Controller:
             others = self._disaggregation.link(instance)
         else:
             return []
-        # What could go nowhere else runs to its end here.
-        limit_s = event.limit_s if self.cluster.ready(instance.info.model) else None
+        limit_s = event.limit_s
+        if event.hard and limit_s is not None:
+            limit_s = in_time(limit_s)
+            if self._scaling is not None:
+                self._scaling.leaves(instance.id)
+        elif not self.cluster.ready(instance.info.model):
+            limit_s = None  # what can go nowhere else runs to its end here
         return [*others, Drain(instance.id, instance.info.epoch, limit_s, event.on)]
 
     def _stop_placing(self, instance: TrackedInstance, now: float) -> list[Effect]:
@@ -486,7 +519,8 @@ class Controller:
             self._disaggregation.placed,
             cluster.tallies,
             cluster.launches,
-            ScalingMemory() if self._scaling is None else self._scaling.memory,
+            cluster.standbys,
+            self.scaling,
         )
 
     @classmethod
@@ -503,7 +537,7 @@ class Controller:
         cluster.demand = snapshot.demand
         disaggregation = controller._disaggregation
         disaggregation.roles, disaggregation.placed = snapshot.roles, snapshot.placed
-        cluster.tallies, cluster.launches = snapshot.tallies, snapshot.launches
+        cluster.tallies, cluster.launches, cluster.standbys = snapshot.tallies, snapshot.launches, snapshot.standbys
         if controller._scaling is not None:
             controller._scaling.memory = snapshot.scaling
         return controller

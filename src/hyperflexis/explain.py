@@ -14,11 +14,12 @@ from pathlib import Path
 from .bench import write_json
 from .core import effects as do
 from .core import events as on
+from .core import weights
 from .core.effects import Effect
 from .core.events import Event
 from .core.slo import Slo
-from .drain import state_dir_of
 from .errors import ConfigError
+from .operate import state_dir_of
 from .runtime.journal import Header, decode_effects, read_journal
 
 _COMPLETION_PREFIXES = ("chatcmpl-", "cmpl-")
@@ -119,11 +120,23 @@ class Story:
             case on.InstanceLeft() if event.id == self.id:
                 yield f"gone: {event.reason}"
             case on.InstanceDraining() if event.id == self.id:
-                yield "was told to end: takes nothing new"
+                yield f"was told to end: takes nothing new, and gives back after {event.limit_s:g} s what still runs"
             case on.InstanceLinked() if event.id == self.id and event.problem:
                 yield f"no link to {event.source}: {event.problem}"
             case on.DrainAsked() if event.instance == self.id:
-                yield "a person drains it" if event.on else "a person has it take requests again"
+                hard = f": it is gone in {event.limit_s:g} s" if event.hard else ""
+                yield f"a person drains it{hard}" if event.on else "a person has it take requests again"
+            case weights.InstanceStandby(info=info) if info.id == self.id:
+                yield f"has all but its weights: epoch {info.epoch}, {info.engine} on {info.device_kind}"
+            case weights.WeightsLoaded() if event.instance == self.id:
+                for attempt in event.attempts:
+                    came = f"{attempt.num_bytes / 1e6:.1f} MB in {_ms(attempt.seconds)}"
+                    problem = f": {attempt.problem}" if attempt.problem else ""
+                    yield f"weights from {attempt.source} by {attempt.path}: {came}{problem}"
+                if event.problem:
+                    yield f"has no weights: {event.problem}"
+            case on.LauncherJoined() if self.id in [order.instance for order in event.launches]:
+                yield "runs, as the launcher says"
             case on.LaunchProgressed() if event.instance == self.id:
                 yield f"{event.phase} took {event.seconds:.3f} s: {event.state}"
             case on.LaunchFailed() if event.instance == self.id:
@@ -148,10 +161,12 @@ class Story:
             case do.Evacuate() if effect.instance == self.id:
                 yield f"its requests go on elsewhere: {effect.reason}"
             case do.Drain() if effect.instance == self.id:
-                limit = (
-                    "" if effect.limit_s is None else f"; what still runs after {effect.limit_s:g} s goes on elsewhere"
-                )
-                yield f"takes nothing new{limit}" if effect.on else "takes requests again"
+                yield _drained(effect)
+            case weights.LoadWeights() if effect.instance == self.id:
+                sources = [*(source.instance for source in effect.sources), "disk"]
+                yield f"is to get its weights from {', else '.join(sources)}"
+            case weights.SetSendRate() if effect.instance == self.id and effect.bytes_per_s is not None:
+                yield f"gives its weights to another, {effect.bytes_per_s / 1e9:.3g} GB/s at most"
             case do.SetRole() if effect.instance == self.id:
                 yield f"{_role(effect.prefill_share)}: {effect.reason}"
             case do.SetLinks() if effect.instance == self.id:
@@ -207,7 +222,7 @@ def _drained(effect: do.Drain) -> str:
     if not effect.on:
         return "takes requests again"
     limit = "" if effect.limit_s is None else f"; what still runs after {effect.limit_s:g} s goes on elsewhere"
-    return f"takes nothing new{limit}"
+    return f"takes nothing new{limit}" + (", and is stopped when it is empty" if effect.ends else "")
 
 
 def _planned(effect: do.Planned) -> str:

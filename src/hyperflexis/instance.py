@@ -20,6 +20,7 @@ from .engines import base
 from .engines.host import InstanceIdentity, run_instance
 from .engines.profiles import load_profile
 from .errors import HyperFlexisError
+from .launch.local import process_age_s
 from .policy.catalog import STEPS, StepFunctions
 
 TOKEN_VARIABLE = "HYPERFLEXIS_KV_TOKEN"
@@ -29,7 +30,15 @@ async def run(args: argparse.Namespace) -> None:
     """Host the engine that the arguments describe until SIGTERM. Raises HyperFlexisError for what does not fit."""
     identity = InstanceIdentity(args.id, args.epoch, labels=labels(args.label))
     engine = build(args, fleet_token(kv_listen=args.kv_listen, weights_listen=args.weights_listen))
-    await run_instance(engine, identity, args.listen, args.controller, standby=args.standby)
+    await run_instance(
+        engine,
+        identity,
+        args.listen,
+        args.controller,
+        standby=args.standby,
+        process_s=process_age_s(),
+        reclaim_s=args.reclaim_s,
+    )
 
 
 def labels(given: Sequence[str]) -> dict[str, str]:

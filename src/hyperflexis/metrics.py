@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
+from .core.effects import Planned
 from .core.instance import InstanceReport
+from .core.launch import Phase
 from .core.slo import Slo
 
 Outcome = Literal["finished", "cancelled", "failed", "rejected"]
@@ -27,15 +29,33 @@ _E2E_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 30
 _BY_CLASS = ("model", "slo_class")
 
 
+class Scaling(Protocol):
+    """See wire.Scaled."""
+
+    @property
+    def planned(self) -> Planned | None:
+        """The last plan."""
+
+    @property
+    def states(self) -> Mapping[str, int]:
+        """Instances in each state."""
+
+    @property
+    def phases(self) -> Mapping[Phase, tuple[int, float]]:
+        """How many of each phase of a start there were, and their seconds."""
+
+
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """What a gateway knows at this moment. ``ready`` counts ready instances of each model."""
+    """What a gateway knows at this moment. ``ready`` counts ready instances of each model; ``scaled``: what the
+    controller says of those that are scaled."""
 
     open_requests: int
     connections: int
     controller_up: bool
     ready: Mapping[str, int]
     reports: Sequence[InstanceReport]
+    scaled: Mapping[str, Scaling]
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +205,7 @@ class _LevelsCollector(Collector):
         for model, number in levels.ready.items():
             ready.add_metric([model], number)
         yield ready
+        yield from _scaling(levels.scaled)
         for name, text, gauge in _INSTANCE_GAUGES:
             family = GaugeMetricFamily(f"hyperflexis_{name}", text, labels=["instance"])
             for report in levels.reports:
@@ -195,6 +216,41 @@ class _LevelsCollector(Collector):
             for report in levels.reports:
                 counter.add_metric([report.id], count(report))
             yield counter
+
+
+def _scaling(scaled: Mapping[str, Scaling]) -> Iterator[Metric]:
+    """Of models that are scaled: what there is, what is planned, and what starts took."""
+    states = GaugeMetricFamily(
+        "hyperflexis_instances",
+        "Instances of a scaled model by state; shells are in standby",
+        labels=["model", "state"],
+    )
+    launches = SummaryMetricFamily(
+        "hyperflexis_launch_seconds", "Phases of starts, as the instances measured them", labels=["model", "phase"]
+    )
+    for model, one in scaled.items():
+        for state, number in one.states.items():
+            states.add_metric([model, state], number)
+        for phase, (count, seconds) in one.phases.items():
+            launches.add_metric([model, phase], count, seconds)
+    yield states
+    yield launches
+    for name, text, read in _PLAN_GAUGES:
+        family = GaugeMetricFamily(f"hyperflexis_scale_{name}", text, labels=["model"])
+        for model, one in scaled.items():
+            if one.planned is not None:
+                family.add_metric([model], read(one.planned))
+        yield family
+
+
+_PLAN_GAUGES: tuple[tuple[str, str, Callable[[Planned], float]], ...] = (
+    ("desired_instances", "What the demand asks for", lambda plan: plan.desired),
+    ("held_instances", "What is kept, within all limits", lambda plan: plan.held),
+    ("demand_instances", "Instances that the demand keeps busy", lambda plan: plan.demand),
+    ("margin", "What is kept beyond the demand, in square roots of it", lambda plan: plan.margin),
+    ("horizon_seconds", "What the next start is expected to take", lambda plan: plan.horizon_s),
+    ("forecast_error_ratio", "Mean relative error of what was forecast that far ahead", lambda plan: plan.error),
+)
 
 
 _Read = Callable[[InstanceReport], float]

@@ -87,7 +87,7 @@ def check_memory(fleet: Fleet, available: int | None, running: Mapping[str, int]
         weights, kv = _weight_bytes(model, args), _kv_bytes(model, args)
         per_instance = f"{_gib(weights)} weights + {_gib(kv)} KV cache"
         if args.device == "cpu":
-            num_new = model.num_instances - running.get(name, 0)
+            num_new = model.instances.most + model.instances.standby - running.get(name, 0)
             host_bytes += num_new * (weights + kv + PROCESS_BYTES)
             parts.append(f"{num_new} x {name} ({per_instance} + {_gib(PROCESS_BYTES)} process)")
         else:
@@ -100,7 +100,7 @@ def check_memory(fleet: Fleet, available: int | None, running: Mapping[str, int]
     if available is not None and host_bytes > available:
         raise HyperFlexisError(
             f"the fleet needs about {_gib(host_bytes)} of memory and {_gib(available)} are available: "
-            f"{'; '.join(parts)}. Lower instances.min or args.kv_tokens, or use a smaller model or dtype"
+            f"{'; '.join(parts)}. Lower instances.min (or max) or args.kv_tokens, or use a smaller model or dtype"
         )
 
 

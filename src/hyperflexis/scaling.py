@@ -3,13 +3,14 @@
     arrival, end of a request   are counted (core/demand.py)
     each second, per model      forecast, wish, bound, hold (policy/scale.py); then the means, cheapest first:
 
-        more     cancel our drain -> wake a shell -> launch, if there are devices fewer    stop the youngest that is not
-        ready -> drain the one with the fewest requests drain    gets nothing new; what would run long goes on elsewhere
-        (the controller's business); empty at two looks in
-                 a row, it is stopped: at one, its last request may be on its way elsewhere
+        more     cancel our drain -> wake a shell -> launch, if there are devices
+        fewer    stop the youngest that is not ready -> drain the one with the fewest requests
+        drain    gets nothing new; what would run long goes on elsewhere (the controller's business); empty at two looks
+                 in a row, it is stopped: at one, its last request may be on its way elsewhere
         launch   fails or does not come up in time -> another one, elsewhere; after several failures later and later
 
-Whom a person drains is left alone, and does not count. Pure, like all of the controller.
+Nothing is planned before the launcher has said what runs: a controller that has just been started knows nothing. Whom a
+person drains is left alone, and does not count. Pure, like all of the controller.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from math import inf
 
 from .core.cluster import CONVERTIBLE, Cluster, TrackedInstance, TrackedRequest
 from .core.effects import Drain, Effect, Launch, Planned, StopInstance
-from .core.events import LaunchFailed, LaunchProgressed
+from .core.events import InstanceJoined, LauncherJoined, LaunchFailed, LaunchProgressed
 from .core.instance import InstanceState
 from .core.latency import Coefficients, share_left
-from .core.launch import Launching, Means
+from .core.launch import Launching, Means, Phase
 from .core.links import Split
 from .policy.budget import CAP_S
 from .policy.catalog import find_scaler
@@ -48,21 +49,29 @@ MIGRATE_S = 5.0
 MOST_WAIT_S = 60.0
 """Between launches that keep failing."""
 MOST_AVOIDED = 8
+MOST_STOPPED = 256
+"""Ids that are remembered as stopped, should the launcher have been away: more than end within a launcher's absence."""
 LEARN = 0.3
 """Share of the news in what a start is known to take, where it was faster; slower ones count at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScalingMemory:
-    """Between two looks. ``start_s``: what starts took, by model and means; ``drains``: instances that drain for us;
-    ``empty``: those of them that were empty; ``number``: of the last instance that was named; ``failures`` in a row and
-    when to ``retry``, by model; ``avoid``: where launches failed."""
+    """Between two looks. ``launcher``: it has said what runs; ``start_s``: what starts took, by model and means, and
+    ``phases``: how many of each there were and their seconds; ``drains``: instances that drain for us; ``empty``: those
+    of them that were empty; ``leaving``: instances that end by themselves, or with their machine; ``stopped``: those
+    that were to end, the last ones; ``number``: of the last instance that was named; ``failures`` in a row and when to
+    ``retry``, by model; ``avoid``: where launches failed."""
 
+    launcher: bool = False
     planned_at: float = -inf
     models: dict[str, ModelMemory] = field(default_factory=dict)
     start_s: dict[str, dict[Means, float]] = field(default_factory=dict)
+    phases: dict[str, dict[Phase, tuple[int, float]]] = field(default_factory=dict)
     drains: tuple[str, ...] = ()
     empty: tuple[str, ...] = ()
+    leaving: tuple[str, ...] = ()
+    stopped: tuple[str, ...] = ()
     number: int = 0
     failures: dict[str, int] = field(default_factory=dict)
     retry: dict[str, float] = field(default_factory=dict)
@@ -129,19 +138,51 @@ class Scaling:
 
     # Instances that come
 
+    def launcher_joined(self, cluster: Cluster, event: LauncherJoined, now: float) -> list[Effect]:
+        """The launcher says what it runs: what came to nothing while it was away is planned anew, what was to end is
+        told so again, and what is not known here, since an earlier controller launched it, is waited for."""
+        listed = {order.instance: order for order in event.launches}
+        for id in [id for id in cluster.launches if id not in listed]:
+            del cluster.launches[id]
+        if not self.memory.launcher:
+            for model, instances in event.asked.items():
+                self.ask(model, instances)
+        self.memory = replace(self.memory, launcher=True)
+        effects: list[Effect] = []
+        for id, order in listed.items():
+            if id in self.memory.stopped:
+                effects.append(StopInstance(id, "it was to end already"))
+            elif self.scales(order.model) and id not in cluster.instances and id not in cluster.launches:
+                expected_s = self._expected_s(order.model, order.means)
+                launching = Launching(id, order.model, order.means, order.shell, now, expected_s, order.prefill_share)
+                launching.adopted = True
+                cluster.launches[id] = launching
+        return effects
+
     def progressed(self, cluster: Cluster, event: LaunchProgressed) -> None:
         """A phase of a launch is over."""
         launching = cluster.launches.get(event.instance)
-        if launching is not None:
-            launching.reach(event.state)
-
-    def joined(self, cluster: Cluster, id: str, now: float) -> None:
-        """An instance is READY, maybe one that was launched here: what that took is learnt."""
-        launching = cluster.launches.pop(id, None)
         if launching is None:
             return
-        took_s, model, memory = now - launching.since, launching.model, self.memory
-        known = self._start_s(model)
+        launching.reach(event.state)
+        if event.phase not in launching.phases:
+            launching.phases[event.phase] = event.seconds
+            phases = self.memory.phases.get(launching.model, {})
+            count, seconds = phases.get(event.phase, (0, 0.0))
+            phases = phases | {event.phase: (count + 1, seconds + event.seconds)}
+            self.memory = replace(self.memory, phases=self.memory.phases | {launching.model: phases})
+
+    def joined(self, cluster: Cluster, event: InstanceJoined, now: float) -> None:
+        """An instance is READY, maybe one that was launched here: what that took is learnt. One that drains for an
+        earlier controller goes on to do so."""
+        id, memory = event.info.id, self.memory
+        if event.draining and event.ends and id not in memory.drains:
+            memory = self.memory = replace(memory, drains=(*memory.drains, id))
+        launching = cluster.launches.pop(id, None)
+        if launching is None or launching.adopted:
+            return
+        took_s, model = now - launching.since, launching.model
+        known = memory.start_s.get(model, {})
         before = known.get(launching.means, took_s)
         known = known | {launching.means: took_s if took_s > before else before + LEARN * (took_s - before)}
         self.memory = replace(
@@ -150,6 +191,14 @@ class Scaling:
             failures={name: n for name, n in memory.failures.items() if name != model},
             avoid=(),
         )
+
+    def no_weights(self, cluster: Cluster, id: str, problem: str, now: float) -> list[Effect]:
+        """A launch got its weights from nowhere: the next look launches another."""
+        launching = cluster.launches.get(id)
+        if launching is None:
+            return []
+        self._note_failure(launching.model, "", now)
+        return [self._stop_launch(cluster, launching, f"it has no weights: {problem}")]
 
     def failed(self, cluster: Cluster, event: LaunchFailed, now: float) -> None:
         """A launch failed, or a shell ended: the next look launches another."""
@@ -176,13 +225,24 @@ class Scaling:
         )
 
     def _start_s(self, model: str) -> dict[Means, float]:
-        return self.memory.start_s.get(model, self._scales[model].start_s)
+        """What starts take, as measured. Before, as was expected: of those that begin with a process, longer or shorter
+        as the other kind was, or one that was guessed too long would never be tried."""
+        expected, measured = self._scales[model].start_s, self.memory.start_s.get(model, {})
+        found = expected | measured
+        for means, other in (("disk", "d2d"), ("d2d", "disk")):
+            if means in expected and means not in measured and other in measured and expected.get(other):
+                found[means] = expected[means] * measured[other] / expected[other]
+        return found
+
+    def _expected_s(self, model: str, means: Means) -> float:
+        starts = self._start_s(model)
+        return starts.get(means, max(starts.values(), default=0.0))
 
     # Each second
 
     def plan(self, cluster: Cluster, now: float) -> list[Effect]:
-        """What to do now; nothing, when the last look is not a second ago."""
-        if now - self.memory.planned_at < EVERY_S - EARLY_S:
+        """What to do now; nothing, when the last look is not a second ago, or what runs is not known."""
+        if not self.memory.launcher or now - self.memory.planned_at < EVERY_S - EARLY_S:
             return []
         self._count_late(cluster, now)
         effects = self._give_up(cluster, now)
@@ -228,10 +288,18 @@ class Scaling:
             effects += self._shells(cluster, scale, now)
         return effects
 
-    def draining(self, cluster: Cluster) -> list[TrackedInstance]:
-        """Instances that are to end, with requests that may go on elsewhere."""
-        found = (cluster.instances[id] for id in self.memory.drains if id in cluster.instances)
-        return [instance for instance in found if instance.requests]
+    def leaves(self, id: str) -> None:
+        """An instance is gone soon, whatever we want."""
+        if id not in self.memory.leaving:
+            self.memory = replace(self.memory, leaving=(*self.memory.leaving, id))
+
+    def draining(self, cluster: Cluster) -> list[tuple[TrackedInstance, float]]:
+        """Instances that are to end, with requests that may go on elsewhere: those that would run for longer than so
+        many seconds."""
+        memory = self.memory
+        limits = dict.fromkeys(memory.drains, MIGRATE_S) | dict.fromkeys(memory.leaving, 0.0)
+        found = [(cluster.instances[id], limit_s) for id, limit_s in limits.items() if id in cluster.instances]
+        return [(instance, limit_s) for instance, limit_s in found if instance.requests]
 
     def _see(self, cluster: Cluster, scale: ModelScale, now: float) -> Seen:
         model = scale.model
@@ -273,23 +341,26 @@ class Scaling:
         drains, empty = [], []
         for id in self.memory.drains:
             instance = cluster.instances.get(id)
-            if instance is None or instance.state is not InstanceState.DRAINING:
+            if instance is None or not _drains(instance):
                 continue
             if not instance.has_work and id in self.memory.empty:
                 cluster.leave(instance, InstanceState.STOPPED)
-                effects.append(StopInstance(id, "it is empty"))
+                effects.append(self._stop(id, "it is empty"))
                 continue
             drains.append(id)
             if not instance.has_work:
                 empty.append(id)
-        self.memory = replace(self.memory, drains=tuple(drains), empty=tuple(empty))
+        gone = {id for id in self.memory.leaving if not _drains(cluster.instances.get(id))}
+        leaving = tuple(id for id in self.memory.leaving if id not in gone)
+        self.memory = replace(self.memory, drains=tuple(drains), empty=tuple(empty), leaving=leaving)
         return effects
 
     # Fewer
 
     def _fewer(self, cluster: Cluster, scale: ModelScale, wish: Wish, count: int, now: float) -> list[Effect]:
         effects: list[Effect] = []
-        coming = [one for one in self._launches(cluster, scale.model) if not one.shell]
+        # What an earlier controller launched may serve already, and tells in a moment.
+        coming = [one for one in self._launches(cluster, scale.model) if not one.shell and not one.adopted]
         for launching in sorted(coming, key=lambda one: (-one.since, one.id))[:count]:
             effects.append(self._stop_launch(cluster, launching, "it is not needed any more"))
         for _ in range(count - len(effects)):
@@ -299,7 +370,7 @@ class Scaling:
             instance = min(self._surplus(ready, wish), key=lambda one: (len(one.requests), one.id))
             instance.move(InstanceState.DRAINING)
             self.memory = replace(self.memory, drains=(*self.memory.drains, instance.id))
-            effects.append(Drain(instance.id, instance.info.epoch, None))
+            effects.append(Drain(instance.id, instance.info.epoch, None, ends=True))
         return effects
 
     def _surplus(self, ready: list[TrackedInstance], wish: Wish) -> list[TrackedInstance]:
@@ -314,7 +385,11 @@ class Scaling:
 
     def _stop_launch(self, cluster: Cluster, launching: Launching, reason: str) -> StopInstance:
         del cluster.launches[launching.id]
-        return StopInstance(launching.id, reason)
+        return self._stop(launching.id, reason)
+
+    def _stop(self, id: str, reason: str) -> StopInstance:
+        self.memory = replace(self.memory, stopped=(*self.memory.stopped[1 - MOST_STOPPED :], id))
+        return StopInstance(id, reason)
 
     # More
 
@@ -329,7 +404,7 @@ class Scaling:
         shells = [one for one in self._launches(cluster, scale.model) if one.shell]
         for shell in [one for one in shells if one.state is InstanceState.STANDBY][: count - len(effects)]:
             shell.shell, shell.means, shell.since = False, "standby", now
-            shell.expected_s = self._start_s(scale.model).get("standby", shell.expected_s)
+            shell.expected_s, shell.adopted = self._expected_s(scale.model, "standby"), False
             shell.prefill_share = self._role(cluster, scale.model, wish)
             shell.reach(InstanceState.LOADING)
             effects.append(self._launch_of(shell, wish.reason))
@@ -357,12 +432,12 @@ class Scaling:
         starts = self._start_s(scale.model)
         ready = len(cluster.ready(scale.model))
         means: Means = "disk" if shell else best_means(scale, starts, 0, ready)
-        number = self.memory.number + 1
-        while f"{scale.model}-{number}" in cluster.instances or f"{scale.model}-{number}" in cluster.launches:
+        id, number = "", self.memory.number
+        while not id or id in cluster.instances or id in cluster.launches or id in self.memory.stopped:
             number += 1
+            id = f"{scale.model.replace('/', '-')}-{number}"
         self.memory = replace(self.memory, number=number)
-        expected_s = starts.get(means, max(starts.values(), default=0.0))
-        launching = Launching(f"{scale.model}-{number}", scale.model, means, shell, now, expected_s, role)
+        launching = Launching(id, scale.model, means, shell, now, self._expected_s(scale.model, means), role)
         cluster.launches[launching.id] = launching
         return self._launch_of(launching, reason)
 
@@ -392,3 +467,7 @@ class Scaling:
             for model, scale in self._scales.items()
         )
         return self.config.devices - used
+
+
+def _drains(instance: TrackedInstance | None) -> bool:
+    return instance is not None and instance.state is InstanceState.DRAINING

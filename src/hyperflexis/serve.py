@@ -18,16 +18,22 @@ from pathlib import Path
 from typing import assert_never
 
 from . import __version__, preflight, wire
-from .config import Fleet, Model, OpenAIArgs, Section, read_api_keys
+from .config import EmulatedArgs, Fleet, Model, OpenAIArgs, Section, TorchArgs, read_api_keys
 from .controller import ControllerConfig
+from .core.effects import Launch
 from .core.events import GatewayJoined
-from .core.links import Split
+from .core.launch import Means
+from .core.links import BYTES_PER_S, Split
 from .core.slo import Slo, SloClass
+from .engines.profiles import load_profile
+from .engines.torch.config import load_config
 from .errors import ConfigError, HyperFlexisError
 from .gateway.config import GatewayConfig, Limits, Tenant
 from .launch.local import instance_command, own_command, start_process
 from .launch.static import endpoint_command
-from .policy.catalog import Policy, find_policy
+from .policy.catalog import find_policy
+from .policy.scale import ModelScale, ScaleConfig
+from .runtime.launcher import Launcher, launch_for
 from .runtime.server import ServerConfig
 from .runtime.state import Lock, RunningChild, StateFile, socket_dir
 from .runtime.supervisor import Child, Supervisor, observe_fleet
@@ -54,10 +60,17 @@ def controller_address(state_dir: Path) -> str:
     return f"unix:{socket_dir(state_dir) / 'controller.sock'}"
 
 
+START_S: dict[Means, float] = {"disk": 10.0, "d2d": 8.0, "standby": 1.0}
+"""What starts are expected to take until one was measured, where no profile says it: those of a model of 1 GiB."""
+PROCESS_S = 2.0
+"""The process of an emulated instance is a real one."""
+
+
 def server_config(fleet: Fleet, state_dir: Path, term: int) -> tuple[ServerConfig, ControllerConfig]:
     """What the controller's process is told."""
     sizes = [model.num_instances for model in fleet.models.values()]
-    server = ServerConfig(controller_address(state_dir), term, state_dir / "journal", fleet.digest(), sum(sizes))
+    held = {name: _status(model) for name, model in fleet.models.items() if model.instances.scaled}
+    server = ServerConfig(controller_address(state_dir), term, state_dir / "journal", fleet.digest(), sum(sizes), held)
     controller = ControllerConfig(
         models=tuple(fleet.models),
         policy=fleet.policy,
@@ -65,8 +78,70 @@ def server_config(fleet: Fleet, state_dir: Path, term: int) -> tuple[ServerConfi
         max_backlog_s=fleet.limits.max_backlog_s,
         # Of the largest model: in a smaller one there are fewer left to decode.
         split=Split.of(max(sizes), fleet.prefill, fleet.static_roles) if fleet.disaggregated else None,
+        scale=_scale_config(fleet),
     )
     return server, controller
+
+
+def _scale_config(fleet: Fleet) -> ScaleConfig | None:
+    """None where all models have a fixed number of instances."""
+    scaled = {name: model for name, model in fleet.models.items() if model.instances.scaled}
+    if not scaled:
+        return None
+    devices = None
+    if fleet.devices is not None:
+        others = [model for name, model in fleet.models.items() if name not in scaled and model.endpoints is None]
+        fixed = sum(model.num_instances for model in others)
+        devices = sum(device.count for device in fleet.devices) - fixed
+    models = [
+        ModelScale(
+            name,
+            model.instances.min,
+            model.instances.most,
+            model.instances.standby,
+            max(one.target for one in fleet.classes),
+            start_s=_start_s(model),
+            latency=None if model.profile is None else load_profile(model.profile).coefficients,
+        )
+        for name, model in scaled.items()
+    ]
+    return ScaleConfig(tuple(models), devices, fleet.scaler)
+
+
+def _start_s(model: Model) -> dict[Means, float]:
+    """Seconds of a start by the means that there are, until one was measured."""
+    args = model.engine_args()
+    profile = None if model.profile is None else load_profile(model.profile)
+    if isinstance(args, EmulatedArgs):
+        assert profile is not None
+        start, scale = profile.start, args.start_scale
+        if start is None or not scale:
+            return {"disk": PROCESS_S, "standby": 0.0}
+        before_s = PROCESS_S + scale * (start.engine_init_s + start.warm_up_s)
+        link_s = scale * profile.weight_bytes / BYTES_PER_S
+        return {"disk": before_s + scale * start.weights_s, "d2d": before_s + link_s, "standby": link_s}
+    if not _gives_weights(model):
+        return {"disk": START_S["disk"], "standby": START_S["standby"]}
+    return START_S
+
+
+def _status(model: Model) -> wire.ModelStatus:
+    """What gateways can tell clients before there is an instance: a prompt may have so many tokens at most."""
+    args = model.engine_args()
+    if isinstance(args, EmulatedArgs):
+        assert model.profile is not None
+        context = args.context_length or load_profile(model.profile).context_length
+    else:
+        assert isinstance(args, TorchArgs) and model.path is not None
+        own = load_config(Path(model.path)).context_length
+        context = min(own, args.context_length or own, args.kv_tokens or own)
+    return wire.ModelStatus([], context, returns_token_ids=True, holds=True)
+
+
+def _gives_weights(model: Model) -> bool:
+    """Whether instances give their weights to others: those in the host's memory."""
+    args = model.engine_args()
+    return isinstance(args, TorchArgs) and args.device == "cpu"
 
 
 def gateway_config(fleet: Fleet, state_dir: Path, index: int) -> GatewayConfig:
@@ -105,6 +180,7 @@ def gateway_config(fleet: Fleet, state_dir: Path, index: int) -> GatewayConfig:
             stall_timeout_s=limits.stall_timeout_s,
             shutdown_grace_s=limits.shutdown_grace_s,
             resume_wait_s=limits.resume_wait_s,
+            start_wait_s=limits.start_wait_s,
         ),
     )
 
@@ -136,17 +212,13 @@ def started_with(fleet: Fleet) -> dict[str, str]:
 
 
 def children(fleet: Fleet, state_dir: Path) -> list[Child]:
-    """All processes of the fleet. Raises ConfigError when two would have one name."""
+    """All processes of the fleet but those that are launched and stopped by need. Raises ConfigError when two would
+    have one name."""
     found = [Child("controller", "controller", lambda term: own_command("_controller", str(state_dir), str(term)), {})]
-    sockets, controller = socket_dir(state_dir), controller_address(state_dir)
-    # While observing, requests go round robin, as to the engines that observing stands in front of.
-    policy = find_policy("round_robin" if fleet.observe else fleet.policy)
     for name, model in fleet.models.items():
-        for index in range(model.num_instances):
+        for index in range(0 if model.instances.scaled else model.num_instances):
             id = instance_id(name, index)
-            listen = f"unix:{sockets / f'instance-{len(found)}.sock'}"
-            kv_listen = f"unix:{sockets / f'kv-{len(found)}.sock'}" if fleet.disaggregated else None
-            command = _instance(model, index, id, name, listen, kv_listen, controller, policy)
+            command = _instance(fleet, state_dir, name, id, f"{len(found)}", index=index)
             found.append(Child(id, "instance", command, model.env))
     for index in range(fleet.gateways):
         found.append(Child(f"gateway-{index}", "gateway", _gateway(state_dir, index), {}))
@@ -157,30 +229,39 @@ def children(fleet: Fleet, state_dir: Path) -> list[Child]:
     return found
 
 
+def launched(fleet: Fleet, state_dir: Path, order: Launch) -> Child:
+    """The process that the controller asks for: without weights, of which the controller says where to get them."""
+    digest = hashlib.blake2b(order.instance.encode(), digest_size=5).hexdigest()
+    command = _instance(fleet, state_dir, order.model, order.instance, digest, starts_empty=True)
+    return Child(order.instance, "instance", command, fleet.models[order.model].env, order)
+
+
 def _gateway(state_dir: Path, index: int) -> Callable[[int], Sequence[str]]:
     return lambda _: own_command("_gateway", str(state_dir), str(index))
 
 
 def _instance(
-    model: Model,
-    index: int,
-    id: str,
-    name: str,
-    listen: str,
-    kv_listen: str | None,
-    controller: str,
-    policy: Policy,
+    fleet: Fleet, state_dir: Path, name: str, id: str, key: str, index: int = 0, starts_empty: bool = False
 ) -> Callable[[int], Sequence[str]]:
+    """The command of an instance of the model ``name``, given its epoch; ``key`` tells its sockets from others'."""
+    sockets, controller, model = socket_dir(state_dir), controller_address(state_dir), fleet.models[name]
+    # While observing, requests go round robin, as to the engines that observing stands in front of.
+    policy = find_policy("round_robin" if fleet.observe else fleet.policy)
     step, engine_args = policy.step, model.engine_args()
     if policy.chunk is not None:
         engine_args = engine_args.model_copy(update={"max_batch_tokens": policy.chunk})
-    options = list(_options(engine_args))
+    listen = f"unix:{sockets / f'i-{key}.sock'}"
+    options = [*_options(engine_args), "--reclaim-s", f"{fleet.limits.reclaim_s:g}"]
     if model.path is not None and model.engine == "torch":
         options += ["--model", model.path]
     if model.profile is not None:
         options += ["--profile", model.profile]
-    if kv_listen is not None:
-        options += ["--kv-listen", kv_listen]
+    if fleet.disaggregated or model.instances.scaled:  # drained instances hand their streams over
+        options += ["--kv-listen", f"unix:{sockets / f'kv-{key}.sock'}"]
+    if starts_empty:
+        options.append("--standby")
+        if _gives_weights(model):
+            options += ["--weights-listen", f"unix:{sockets / f'w-{key}.sock'}"]
     if model.endpoints is None:
         return lambda epoch: instance_command(id, epoch, name, model.engine, listen, controller, step, options)
     if model.api_key_env is not None:
@@ -208,8 +289,10 @@ class Terminal:
         self._state_dir = state_dir
         self._url = f"http://{_in_url(_reachable(host))}:{port}"
         self._expected = {process.name for process in processes if process.role != "controller"}
+        self._scaled = {name: model.instances for name, model in fleet.models.items() if model.instances.scaled}
         self._gateways: set[str] = set()
         self._ready: set[str] = set()
+        self._short = list(self._scaled)
         self.stopping = False
         self.all_ready = asyncio.Event()
         self._began = time.monotonic()
@@ -223,7 +306,11 @@ class Terminal:
             roles = ", disaggregated" if model.mode == "disaggregated" else ""
             if model.prefill is not None:
                 roles += f", {model.prefill} for prompts"
-            print(f"  {model.num_instances} x {name} ({model.engine}: {', '.join(where)}){roles}", flush=True)
+            count = f"{model.num_instances}"
+            if model.instances.scaled:
+                count = f"{model.instances.min} to {model.instances.most}"
+                count += f" (and {model.instances.standby} in standby)" if model.instances.standby else ""
+            print(f"  {count} x {name} ({model.engine}: {', '.join(where)}){roles}", flush=True)
         print(f"  logs, state and journal: {self._state_dir}", flush=True)
 
     def changed(self, message: wire.Fleet | GatewayJoined) -> None:
@@ -241,9 +328,14 @@ class Terminal:
                     why = message.notices.get(id)
                     tell(f"{id} takes nothing new: {why}" if why else f"{id} is not ready any more")
                 self._ready = ready
+                self._short = [
+                    name
+                    for name, wanted in self._scaled.items()
+                    if name not in message.models or len(message.models[name].ready) < wanted.min
+                ]
             case _:
                 assert_never(message)
-        if self._expected <= self._ready | self._gateways:
+        if self._expected <= self._ready | self._gateways and not self._short:
             self.all_ready.set()
 
     async def wait_ready(self) -> None:
@@ -252,7 +344,7 @@ class Terminal:
             try:
                 await asyncio.wait_for(self.all_ready.wait(), WAIT_NOTICE_S)
             except TimeoutError:
-                missing = ", ".join(sorted(self._expected - self._ready - self._gateways))
+                missing = ", ".join([*sorted(self._expected - self._ready - self._gateways), *self._short])
                 tell(f"waiting for {missing} (logs in {self._state_dir / 'logs'})")
         while not await _answers_ready(self._fleet.host_port):
             await asyncio.sleep(READY_POLL_S)
@@ -311,6 +403,7 @@ async def serve(fleet: Fleet) -> None:
         fleet = _listening(fleet, state.state.listen, adopted)
         running = {
             name: sum(instance_id(name, index) in adopted for index in range(model.num_instances))
+            + sum(child.launch is not None and child.launch.model == name for child in adopted.values())
             for name, model in fleet.models.items()
         }
         preflight.check_memory(fleet, preflight.available_memory(), running)
@@ -320,7 +413,9 @@ async def serve(fleet: Fleet) -> None:
         terminal = Terminal(fleet, state_dir, processes)
         state.record_serve(fleet.listen, basis)
         terminal.begin()
-        await _supervise(supervisor, processes, terminal, controller_address(state_dir))
+        launcher = Launcher(state, supervisor, lambda order: launched(fleet, state_dir, order), tell)
+        launcher.adopt(supervisor.adopt())
+        await _supervise(supervisor, processes, terminal, launcher, controller_address(state_dir))
         shutil.rmtree(socket_dir(state_dir), ignore_errors=True)
         state.forget_all()
 
@@ -335,7 +430,9 @@ def _listening(fleet: Fleet, before: str, adopted: Mapping[str, RunningChild]) -
     return fleet.model_copy(update={"listen": f"{listen.rpartition(':')[0]}:{port}"})
 
 
-async def _supervise(supervisor: Supervisor, fleet: Sequence[Child], terminal: Terminal, controller: str) -> None:
+async def _supervise(
+    supervisor: Supervisor, fleet: Sequence[Child], terminal: Terminal, launcher: Launcher, controller: str
+) -> None:
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
@@ -348,6 +445,7 @@ async def _supervise(supervisor: Supervisor, fleet: Sequence[Child], terminal: T
     watchers = [
         asyncio.create_task(observe_fleet(controller, terminal.changed)),
         asyncio.create_task(terminal.wait_ready()),
+        asyncio.create_task(launch_for(controller, launcher)),
     ]
     try:
         await supervisor.run(fleet)

@@ -9,9 +9,11 @@ Who talks to whom:
     gateway    -> controller   RequestArrived, RequestFinished, GatewayJoined, HandoffFailed
     controller -> gateway      Dispatch, Handoff, Reject, Evacuate, Fleet
     instance   -> controller   InstanceJoined, InstanceReported, InstanceDraining, InstanceLinked, PrefillEnding
-    operator   -> controller   DrainAsked
+    operator   -> controller   DrainAsked, ScaleAsked
     controller -> operator     Fleet
-    instance   -> controller   InstanceStandby, WeightsLoaded
+    launcher   -> controller   LauncherJoined, LaunchFailed
+    controller -> launcher     Launch, StopInstance, ScaleAsked
+    instance   -> controller   LaunchProgressed, InstanceStandby, WeightsLoaded
     controller -> instance     Drain, SetRole, SetLinks, LoadWeights, SetSendRate
     gateway    -> instance     Generate, Cancel
     instance   -> gateway      Output
@@ -30,12 +32,12 @@ from typing import Any, Protocol, cast
 
 import msgspec
 
-from .core import effects, events, weights
+from .core import effects, events, launch, weights
 from .core.instance import InstanceReport
 from .core.links import KvSource
 from .errors import ProtocolError
 
-VERSION = 3
+VERSION = 4
 MAX_FRAME = 64 << 20
 HIGH_WATER = 8 << 20
 
@@ -136,21 +138,37 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ModelStatus(msgspec.Struct, frozen=True):
-    """What gateways need to know of a model: its ready instances and what their engines can take."""
+    """What gateways need to know of a model: its ready instances and what their engines can take. ``holds``: a request
+    that finds none ready waits, since one is launched for it."""
 
     ready: list[str]
     context_length: int
     returns_token_ids: bool
+    holds: bool = False
+
+
+class Scaled(msgspec.Struct, frozen=True):
+    """A model that is scaled: between ``least`` and ``most`` instances, how many a person ``asked`` for, the last plan,
+    how many are in each state (shells are in standby), and how many of each phase of a start there were, with their
+    seconds in all."""
+
+    least: int
+    most: int
+    asked: int | None
+    planned: effects.Planned | None
+    states: dict[str, int]
+    phases: dict[launch.Phase, tuple[int, float]]
 
 
 class Fleet(msgspec.Struct, frozen=True):
     """Controller to gateways: models and the last report of each instance. Sent when readiness changes and every
     second. A model without a ready instance keeps its last known context length. ``notices`` says of instances that get
-    no new work why."""
+    no new work why, ``scaled`` of models that are scaled how."""
 
     models: dict[str, ModelStatus]
     reports: list[InstanceReport]
     notices: dict[str, str] = {}
+    scaled: dict[str, Scaled] = {}
 
 
 MESSAGES: tuple[type, ...] = (
@@ -180,6 +198,12 @@ MESSAGES: tuple[type, ...] = (
     weights.WeightsLoaded,
     weights.LoadWeights,
     weights.SetSendRate,
+    events.LauncherJoined,
+    events.LaunchProgressed,
+    events.LaunchFailed,
+    events.ScaleAsked,
+    effects.Launch,
+    effects.StopInstance,
 )
 _CODE = {kind: code for code, kind in enumerate(MESSAGES)}
 _DECODERS: tuple[msgspec.msgpack.Decoder[Any], ...] = tuple(msgspec.msgpack.Decoder(kind) for kind in MESSAGES)

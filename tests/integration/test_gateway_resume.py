@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,34 @@ async def test_the_wait_for_another_instance_is_bounded(tmp_path: Path) -> None:
         lose(stream)
         error = events((await soon(answer)).text)[-1]["error"]
         assert error["code"] == "no_instance_ready" and "0.2 s" in error["message"]
+
+
+async def test_a_request_waits_for_the_first_instance_of_its_model(tmp_path: Path) -> None:
+    limits = Limits(controller_wait_s=0.1, start_wait_s=10.0, shutdown_grace_s=0.0)
+    async with site(tmp_path, limits=limits) as found:
+        status = found.fleet.models["m"]
+        found.fleet.models = {"m": wire.ModelStatus([], status.context_length, True, holds=True)}
+        found.fleet.send(wire.Fleet(found.fleet.models, []))
+        while 'hyperflexis_instances_ready{model="m"} 0' not in (await found.client.get("/metrics")).text:
+            pass
+        assert (await found.client.get("/ready")).status_code == 200, "it takes requests"
+        found.fleet.to = ""
+        answer = found.post(STREAM)
+        request = (await soon(found.fleet.asked.get())).request
+        patient, _ = await asyncio.wait({answer}, timeout=0.5)
+        assert not patient, "longer than for a controller that is away"
+        found.fleet.dispatch(request.id, "i0")
+        (await found.stream()).say("abc", "stop")
+        assert text_of(events((await soon(answer)).text)) == "abc"
+
+
+async def test_the_wait_for_the_first_instance_is_bounded(tmp_path: Path) -> None:
+    async with site(tmp_path, limits=Limits(start_wait_s=0.1, shutdown_grace_s=0.0)) as found:
+        status = found.fleet.models["m"]
+        found.fleet.to = ""
+        found.fleet.send(wire.Fleet({"m": wire.ModelStatus([], status.context_length, True, holds=True)}, []))
+        status_code, code, _, message = await found.error(STREAM)
+        assert (status_code, code) == (503, "no_instance_ready") and "within 0.1 s" in message
 
 
 async def test_a_new_controller_hears_from_where_a_stream_went_on(two: Site) -> None:

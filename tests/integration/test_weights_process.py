@@ -80,7 +80,7 @@ async def instance(name: str, model: Path, folder: Path, tcp: bool, standby: boo
     )
     try:
         async with asyncio.timeout(START_LIMIT_S):
-            while not controller.links:
+            while not controller.of(InstanceStandby) and not controller.of(InstanceJoined):
                 await asyncio.sleep(0.05)
         yield Instance(name, process, controller, folder)
     finally:

@@ -23,7 +23,8 @@ ARROWS: dict[str, set[str]] = {
     "policy": {"core"},
     "scaling": {"policy", "core"},
     "disaggregation": {"policy", "core"},
-    "controller": {"scaling", "disaggregation", "policy", "core"},
+    "loading": {"policy", "core"},
+    "controller": {"scaling", "disaggregation", "loading", "policy", "core"},
     "batcher": {"policy", "core", "kv_blocks"},
     "sim": {"controller", "batcher", "policy", "core"},
     "runtime": {"controller", "core", "wire", "metrics", "fd_limit"},
@@ -35,7 +36,7 @@ ARROWS: dict[str, set[str]] = {
 """A part of the package and the parts it may import besides itself and errors. What is not listed is a command: it may
 import everything, and nothing here may import it."""
 
-PURE = {"core", "policy", "scaling", "disaggregation", "controller", "batcher", "kv_blocks", "sim"}
+PURE = {"core", "policy", "scaling", "disaggregation", "loading", "controller", "batcher", "kv_blocks", "sim"}
 IMPURE_MODULES = {
     "asyncio",
     "concurrent",

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from hyperflexis.config import Fleet, read_api_keys, read_fleet
 from hyperflexis.config import docs as config_docs
+from hyperflexis.engines.profiles import shipped_profiles
 from hyperflexis.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,14 +90,26 @@ REFUSED = {
         MODEL.replace("}", ", instances: {min: 3}}") + "devices: [{kind: cpu, count: 2}]\n",
         ["3 instances on 2 devices"],
     ),
-    "max below min": (MODEL.replace("}", ", instances: {min: 3, max: 2}}"), ["max (2) is less than min (3)"]),
-    "not built: scaling": (
-        MODEL.replace("}", ", instances: {min: 1, max: 2}}"),
-        ["fleet.yaml:1: models.tiny.instances", "not built yet"],
+    "max below min": (
+        MODEL.replace("}", ", instances: {min: 3, max: 2}}"),
+        ["fleet.yaml:1: models.tiny.instances", "max (2) is less than min (3): raise max, or lower min"],
     ),
-    "not built: standby": (
-        MODEL.replace("}", ", instances: {standby: 1}}"),
-        ["models.tiny.instances", "not built yet"],
+    "none at least and none at most": (
+        MODEL.replace("}", ", instances: {min: 0}}"),
+        ["fleet.yaml:1: models.tiny.instances", "set max"],
+    ),
+    "servers that are scaled": (
+        ENDPOINTS.replace("]}", "], instances: {max: 4}}"),
+        ["fleet.yaml:1: models.a", "instances.max and standby are for what is started here"],
+    ),
+    "observing what is scaled": (
+        MODEL.replace("}", ", mode: observe, instances: {standby: 1}}"),
+        ["fleet.yaml:1: models.tiny: mode observe changes nothing", "remove instances.max and standby"],
+    ),
+    "unknown scaler": (MODEL + "scaler: magic\n", ["fleet.yaml:2: scaler", "no scaler is named 'magic'", "forecast"]),
+    "numbers of a scaler": (
+        MODEL + "scaler: fixed\n",
+        ["fleet.yaml:2: scaler", "are not the numbers that fixed takes"],
     ),
     "disaggregated on one instance": (
         MODEL.replace("}", ", mode: disaggregated}"),
@@ -198,6 +212,31 @@ def test_endpoints_make_one_instance_each(tmp_path: Path) -> None:
 
 def test_own_classes_have_no_tiers_of_the_default_classes(tmp_path: Path) -> None:
     assert read(tmp_path, MODEL + "classes: [{name: a}]\n").tiers == {}
+
+
+def test_instances_come_and_go_where_they_may(tmp_path: Path) -> None:
+    for words, scaled, least, most in (
+        ("{min: 2}", False, 2, 2),
+        ("{min: 2, max: 2}", False, 2, 2),
+        ("{min: 0, max: 3}", True, 0, 3),
+        ("{max: 3}", True, 1, 3),
+        ("{min: 2, standby: 1}", True, 2, 2),
+    ):
+        instances = read(tmp_path, MODEL.replace("}", f", instances: {words}}}")).models["tiny"].instances
+        assert (instances.scaled, instances.min, instances.most) == (scaled, least, most), words
+
+
+def test_a_start_is_emulated_where_the_profile_knows_it(tmp_path: Path) -> None:
+    profile = json.loads((shipped_profiles()["h100-llama-3.1-8b"]).read_text())
+    del profile["start"]
+    (tmp_path / "quick.json").write_text(json.dumps(profile))
+    text = "model: {name: a, engine: emulated, profile: quick.json,\n  args: {start_scale: 0.1}}\n"
+    with pytest.raises(
+        ConfigError,
+        match=r"fleet\.yaml:2: models\.a\.args\.start_scale: profile .*quick.json does not say .*: remove it",
+    ):
+        read(tmp_path, text)
+    assert read(tmp_path, text.replace("0.1", "0")).models["a"].args == {"start_scale": 0}
 
 
 def test_a_resolved_fleet_survives_its_json(tmp_path: Path) -> None:

@@ -364,7 +364,7 @@ def test_an_instance_that_drains_gets_nothing_more_and_one_that_left_is_unlinked
 def test_an_instance_that_is_told_to_end_before_it_was_linked_takes_no_work():
     c, _ = fleet(instances=1)
     c.handle(InstanceJoined(info("i1", kv_address="unix:kv1")), 1.0)
-    c.handle(InstanceDraining("i1", 1), 1.1)
+    c.handle(InstanceDraining("i1", 1, 30.0), 1.1)
     c.handle(Tick(), 10.0)
     assert [one.id for one in c.cluster.ready("m")] == ["i0"]
 

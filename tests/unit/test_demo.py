@@ -33,7 +33,7 @@ def test_ready_instances_are_those_of_the_model() -> None:
 
 
 def test_a_window_counts_what_came_in_it_and_was_not_cancelled() -> None:
-    levels = Levels(0, 0, True, {}, ())
+    levels = Levels(0, 0, True, {}, (), {})
     metrics = GatewayMetrics(lambda: levels)
 
     def end(outcome: Outcome, ttft_s: float, e2e_s: float) -> None:

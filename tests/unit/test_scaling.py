@@ -13,8 +13,11 @@ from hyperflexis.core.effects import Dispatch, Drain, Effect, Handoff, Launch, P
 from hyperflexis.core.events import (
     DrainAsked,
     GatewayJoined,
+    InstanceDraining,
     InstanceJoined,
+    InstanceLeft,
     InstanceReported,
+    LauncherJoined,
     LaunchFailed,
     LaunchProgressed,
     OpenRequest,
@@ -34,6 +37,7 @@ def fleet(instances: int = 2, policy: str = "forecast", devices: int | None = No
     limits = {"start_s": {"disk": 10.0, "d2d": 4.0, "standby": 1.0}, "latency": LATENCY} | limits
     scale = ScaleConfig((ModelScale("m", **limits),), devices, policy, max_held=3)  # type: ignore[arg-type]
     made = Controller(ControllerConfig(("m",), scale=scale))
+    made.handle(LauncherJoined(), 0.0)
     for i in range(instances):
         made.handle(InstanceJoined(info(f"i{i}", kv_address=f"unix:kv{i}", kv_bytes_per_token=1)), 0.0)
     return made
@@ -244,6 +248,7 @@ def split_fleet(instances: int, policy: str) -> Controller:
     """They have joined; nothing was heard of their links yet."""
     scale = ScaleConfig((ModelScale("m", start_s={"disk": 10.0}, latency=LATENCY),), None, policy)
     made = Controller(ControllerConfig(("m",), scale=scale, split=Split()))
+    made.handle(LauncherJoined(), 0.0)
     for i in range(instances):
         made.handle(InstanceJoined(info(f"i{i}", kv_address=f"unix:kv{i}", kv_bytes_per_token=1)), 0.0)
     return made
@@ -263,3 +268,115 @@ def test_an_instance_that_is_stopped_is_unlinked_from_the_others():
     after = effects[effects.index(stopped) :]
     told = {order.instance: [source.instance for source in order.sources] for order in of(SetLinks, after)}
     assert told == {left[0]: [left[1]], left[1]: [left[0]]}
+
+
+def order(instance: str, shell: bool = False) -> Launch:
+    return Launch(instance, "m", "disk", shell, None, (), "")
+
+
+def test_nothing_is_planned_before_the_launcher_has_said_what_runs():
+    c = Controller(ControllerConfig(("m",), scale=ScaleConfig((ModelScale("m"),), policy="fixed@2")))
+    assert tick(c, 1.0, 2.0) == []
+    c.handle(InstanceJoined(info("m-4"), served=True), 2.5)
+    told = LauncherJoined((order("m-4"), order("m-5"), order("m-6", shell=True)), {"m": 3})
+    assert c.handle(told, 3.0) == []
+    assert {one.id: (one.shell, one.adopted) for one in c.cluster.launches.values()} == {
+        "m-5": (False, True),
+        "m-6": (True, True),
+    }
+    (plan,) = of(Planned, tick(c, 3.1))
+    assert (plan.instances, plan.held, plan.reason) == (2, 3, "3 were asked for"), "as people wanted it before"
+    c.handle(ScaleAsked("m", 0), 3.5)
+    effects = tick(c, 4.1)
+    assert [drain.instance for drain in of(Drain, effects)] == ["m-4"]
+    assert "m-5" not in [stop.instance for stop in of(StopInstance, effects)], "it may serve already"
+    c.handle(InstanceJoined(info("m-5"), served=True), 4.2)
+    assert not c.scaling.start_s, "how long ago that began is not known"
+
+
+def test_what_came_to_nothing_while_the_launcher_was_away_is_launched_anew():
+    c = fleet(0, policy="fixed@2")
+    first, second = of(Launch, tick(c, 1.0))
+    assert c.handle(LauncherJoined((order(first.instance),)), 2.0) == []
+    assert list(c.cluster.launches) == [first.instance]
+    (third,) = of(Launch, tick(c, 2.1))
+    assert third.instance not in (first.instance, second.instance)
+
+
+def test_who_was_to_end_while_the_launcher_was_away_is_told_again():
+    c = fleet(0, policy="fixed@2")
+    first, second = of(Launch, tick(c, 1.0))
+    c.handle(ScaleAsked("m", 1), 1.5)
+    (stop,) = of(StopInstance, tick(c, 2.0))
+    left = second if stop.instance == first.instance else first
+    effects = c.handle(LauncherJoined((order(first.instance), order(second.instance))), 3.0)
+    assert [effect.instance for effect in of(StopInstance, effects)] == [stop.instance]
+    assert list(c.cluster.launches) == [left.instance]
+
+
+def test_a_drain_of_ours_goes_on_under_the_next_controller_and_a_persons_stays_theirs():
+    c = fleet(3, policy="fixed@3")
+    c.handle(ScaleAsked("m", 2), 0.5)
+    (drain,) = of(Drain, tick(c, 1.0))
+    assert drain.ends
+    c = fleet(0, policy="fixed@1")
+    c.handle(InstanceJoined(info("a"), served=True), 1.0)
+    c.handle(InstanceJoined(info("b"), draining=True, served=True, ends=True), 1.0)
+    c.handle(InstanceJoined(info("c"), draining=True, served=True), 1.0)
+    c.handle(InstanceLeft("b", 1, "its link was cut"), 1.5)
+    c.handle(InstanceJoined(info("b"), draining=True, served=True, ends=True), 1.6)
+    assert c.scaling.drains == ("b",)
+    assert [stop.instance for stop in of(StopInstance, tick(c, 2.0, 3.0, 4.0))] == ["b"]
+
+
+def test_the_first_start_that_is_measured_replaces_what_was_expected():
+    c = fleet(0, policy="fixed@2", start_s={"disk": 100.0})
+    first, second = of(Launch, tick(c, 1.0))
+    c.handle(InstanceJoined(info(first.instance)), 5.0)
+    assert of(Planned, tick(c, 6.0))[0].horizon_s == 4.0
+    c.handle(InstanceJoined(info(second.instance)), 3.0)
+    assert of(Planned, tick(c, 7.0))[0].horizon_s == pytest.approx(4.0 - 0.3 * 2.0), "then quicker ones count a part"
+
+
+def test_a_way_that_was_guessed_too_slow_is_tried_all_the_same():
+    c = fleet(0, policy="fixed@1", start_s={"disk": 100.0, "d2d": 80.0})
+    (first,) = of(Launch, tick(c, 1.0))
+    assert first.means == "disk", "nobody has the weights"
+    c.handle(InstanceJoined(info(first.instance)), 11.0)
+    c.handle(ScaleAsked("m", 2), 11.0)
+    effects = tick(c, 12.0)
+    assert of(Launch, effects)[0].means == "d2d"
+    assert of(Planned, effects)[0].horizon_s == 8.0, "a tenth of what was expected, as from disk"
+
+
+def test_phases_of_starts_are_summed_once_each():
+    c = fleet(0, policy="fixed@1")
+    (launch,) = of(Launch, tick(c, 1.0))
+    for phase, seconds in (("process", 2.0), ("process", 2.0), ("engine_init", 3.0)):
+        c.handle(LaunchProgressed(launch.instance, phase, seconds, InstanceState.LAUNCHING), 2.0)
+    c.handle(LaunchProgressed("unknown", "process", 9.0, InstanceState.LAUNCHING), 2.0)
+    assert c.scaling.phases == {"m": {"process": (1, 2.0), "engine_init": (1, 3.0)}}
+
+
+def test_what_comes_to_decode_on_a_machine_that_goes_follows_however_short_it_is():
+    for notice in (InstanceDraining("i0", 1, 28.0), DrainAsked("i0", 30.0, hard=True)):
+        c = fleet(2, policy="fixed@2")
+        asked = bound_to(c, "i0", "a")
+        assert not of(Handoff, c.handle(notice, 1.0)), "its prompt is not computed yet"
+        c.handle(InstanceReported(replace(report("i0", (RequestProgress(asked.id, 500, 1),)), num_running=1)), 1.5)
+        effects = tick(c, 2.0)
+        assert [handoff.request_id for handoff in of(Handoff, effects)] == ["a"]
+        assert len(of(Launch, effects)) == 1, "and another is launched in its place"
+        assert c.scaling.leaving == ("i0",)
+        c.handle(InstanceLeft("i0", 1, "it ended"), 2.5)
+        tick(c, 3.0)
+        assert c.scaling.leaving == ()
+
+
+def test_a_machine_that_goes_is_drained_in_time_even_where_no_other_is_ready():
+    c = fleet(1)
+    (drain,) = of(Drain, c.handle(DrainAsked("i0", 30.0, hard=True), 1.0))
+    assert drain.limit_s == 28.0
+    c = fleet(1)
+    (drain,) = of(Drain, c.handle(DrainAsked("i0", 30.0), 1.0))
+    assert drain.limit_s is None

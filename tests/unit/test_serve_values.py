@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from hyperflexis import serve
+from hyperflexis import serve, wire
 from hyperflexis.config import Fleet, read_fleet
+from hyperflexis.core.effects import Launch
 from hyperflexis.core.links import Split
 from hyperflexis.core.slo import Slo, SloClass
+from hyperflexis.engines.profiles import load_profile
 from hyperflexis.errors import ConfigError
 
 FLEET = """\
@@ -116,3 +118,56 @@ def test_a_disaggregated_fleet_hands_over(fleet: Fleet, tmp_path: Path) -> None:
     commands = [child.command(1) for child in serve.children(apart, tmp_path) if child.role == "instance"]
     addresses = [command[command.index(flag) + 1] for command in commands for flag in ("--listen", "--kv-listen")]
     assert len(set(addresses)) == 6 and all(address.startswith("unix:") for address in addresses)
+
+
+SCALED = """\
+models:
+  a/b:
+    engine: emulated
+    profile: h100-llama-3.1-8b
+    args: {start_scale: 0.5, context_length: 9000}
+    instances: {min: 0, max: 6, standby: 2}
+  c: {engine: emulated, profile: h100-llama-3.1-8b, instances: {min: 2}}
+classes: [{name: x, target: 0.9}, {name: y, target: 0.95}]
+devices: [{kind: h100, count: 7}]
+scaler: rate@3
+limits: {reclaim_s: 20, start_wait_s: 50}
+"""
+
+
+def scaled(tmp_path: Path, text: str = SCALED) -> Fleet:
+    (tmp_path / "scaled.yaml").write_text(text)
+    return read_fleet(tmp_path / "scaled.yaml")
+
+
+def test_the_controller_is_told_what_it_may_launch(tmp_path: Path) -> None:
+    fleet = scaled(tmp_path)
+    server, controller = serve.server_config(fleet, tmp_path, 1)
+    assert server.models == {"a/b": wire.ModelStatus([], 9000, True, holds=True)}, "prompts can be checked without one"
+    assert controller.scale is not None
+    (one,) = controller.scale.models
+    assert (controller.scale.devices, controller.scale.policy) == (5, "rate@3"), "c has two of the devices"
+    assert (one.model, one.least, one.most, one.standby, one.target) == ("a/b", 0, 6, 2, 0.95)
+    start = load_profile("h100-llama-3.1-8b").start
+    assert start is not None
+    assert one.start_s["disk"] - one.start_s["d2d"] == pytest.approx(0.5 * start.weights_s - one.start_s["standby"])
+    assert serve.gateway_config(fleet, tmp_path, 0).limits.start_wait_s == 50.0
+    assert (
+        serve.server_config(
+            scaled(tmp_path, SCALED.replace("max: 6, standby: 2", "max: 1").replace("min: 0", "min: 1")), tmp_path, 1
+        )[1].scale
+        is None
+    )
+
+
+def test_what_is_launched_begins_without_weights_and_can_hand_streams_over(tmp_path: Path) -> None:
+    fleet = scaled(tmp_path)
+    assert {child.name for child in serve.children(fleet, tmp_path)} == {"controller", "c-0", "c-1", "gateway-0"}
+    orders = [Launch(f"a-b-{n}", "a/b", "disk", False, None, (), "") for n in (1, 2)]
+    children = [serve.launched(fleet, tmp_path, order) for order in orders]
+    assert [child.launch for child in children] == orders
+    words = [child.command(7) for child in children]
+    assert "--standby" in words[0] and " ".join(words[0]).count("--reclaim-s 20") == 1
+    addresses = {command[command.index(flag) + 1] for command in words for flag in ("--listen", "--kv-listen")}
+    assert len(addresses) == 4
+    assert all(len(address.rpartition("/")[2]) < 20 for address in addresses), "as socket_dir counts with"

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hyperflexis import wire
 from hyperflexis.core import effects, events, weights
-from hyperflexis.core.instance import InstanceInfo, InstanceReport, RequestProgress
+from hyperflexis.core.instance import InstanceInfo, InstanceReport, InstanceState, RequestProgress
 from hyperflexis.core.latency import Coefficients
 from hyperflexis.core.links import KvSource, Link
 from hyperflexis.core.request import Request
@@ -20,6 +20,8 @@ REQUEST = Request("r", "m", "t", "chat", Slo(0.5, None, 3.0), 2.0, 100, 50, (1, 
 REPORT = InstanceReport("i", 1, 2, 3, 4, 5, 6, 7, 8, 9, 1.5, COEFFICIENTS, (RequestProgress("r", 10, 2),))
 INFO = InstanceInfo("i", 1, "m", "h100", "unix:/s", "emulated", 4096, 8192, 8, 512, True, COEFFICIENTS)
 DECISION = effects.Decision("p", 3, True, 1.0, 0.2, 0.3, 1.4, 0.1, "note")
+PLANNED = effects.Planned("m", 1, 2, 2, 0.5, 0.8, 3.0, 0.1, "demand")
+LAUNCH = effects.Launch("m-1", "m", "d2d", False, None, ("node-1",), "demand")
 MESSAGES = [
     wire.Hello(wire.VERSION, "gateway", "g", 3, "secret"),
     wire.Generate(1, "r", 1, wire.pack_ids([1, 2]), wire.Sampling(seed=7, stop_token_ids=(3,), logprobs=2), -0.5, 0.05),
@@ -38,9 +40,10 @@ MESSAGES = [
     effects.Reject("r", "g", "overloaded", "busy", 2.5),
     effects.Evacuate("i", 1, "it hangs", True),
     wire.Fleet({"m": wire.ModelStatus(["i"], 4096, True)}, [REPORT], {"j": "draining"}),
+    wire.Fleet({}, [], scaled={"m": wire.Scaled(0, 4, None, PLANNED, {"ready": 1}, {"process": (2, 1.5)})}),
     effects.Drain("i", 4, 30.0),
     events.DrainAsked("i", None, False),
-    events.InstanceDraining("i", 4),
+    events.InstanceDraining("i", 4, 28.0),
     events.PrefillEnding("r", "i", 4, 0.02),
     events.HandoffFailed("r", "i", 4, "no room"),
     effects.Handoff("r", "g", "i", 4, "unix:/k", "j", 5, "unix:/s", 2.0, 64.0, DECISION),
@@ -52,6 +55,12 @@ MESSAGES = [
     weights.LoadWeights("i", 3, (weights.WeightSource("host:1", "k", 5),), "abc", 1 << 24),
     weights.WeightsLoaded("i", 3, (weights.Attempt("tcp", "k", 7, 0.5, "it left"),), (), "nothing came"),
     weights.SetSendRate("i", 3, None),
+    events.LauncherJoined((LAUNCH,), {"m": 3}),
+    events.LaunchProgressed("m-1", "engine_init", 0.5, InstanceState.LAUNCHING),
+    events.LaunchFailed("m-1", "it ended", "node-1"),
+    events.ScaleAsked("m", None),
+    LAUNCH,
+    effects.StopInstance("m-1", "it is empty"),
 ]
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from ..engines.profiles import load_profile
 from ..errors import ConfigError
-from ..policy.catalog import POLICIES, find_policy
+from ..policy.catalog import POLICIES, SCALERS, find_policy, find_scaler
 from .document import Document, load_yaml
 from .errors import describe
 
@@ -34,24 +34,33 @@ class Section(BaseModel):
 
 
 class Instances(Section):
-    """`models.NAME.instances`: how many instances a model has."""
+    """`models.NAME.instances`: how many instances a model has. With a `max` above `min`, or with `standby`, they are
+    launched and stopped as the load asks for it (docs/policies/scale.md)."""
 
-    min: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Instances that are kept running."""
+    min: Annotated[int, Field(ge=0, le=1024)] = 1
+    """Fewest instances. With 0 the first request after a pause waits until one has started."""
     max: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Most instances; must equal `min` as long as fleets are of fixed size."""
-    standby: Annotated[int, Field(ge=0)] = 0
-    """Instances without weights, to be woken quickly; must be 0, as they are not built yet."""
+    """Most instances; `min` when absent."""
+    standby: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Instances without weights besides, which wait to be woken: ready as soon as they have these."""
 
     @model_validator(mode="after")
-    def _fixed_size(self) -> Self:
-        if self.standby:
-            raise ValueError("standby instances are not built yet: remove `standby`")
+    def _max_is_not_below_min(self) -> Self:
+        if self.max is None and self.min == 0:
+            raise ValueError("min is 0, which leaves none: set max, the most instances that it may have")
         if self.max is not None and self.max < self.min:
-            raise ValueError(f"max ({self.max}) is less than min ({self.min})")
-        if self.max is not None and self.max > self.min:
-            raise ValueError(f"scaling is not built yet: set max to {self.min}, the same as min, or remove `max`")
+            raise ValueError(f"max ({self.max}) is less than min ({self.min}): raise max, or lower min")
         return self
+
+    @property
+    def most(self) -> int:
+        """The most instances, without shells."""
+        return self.min if self.max is None else self.max
+
+    @property
+    def scaled(self) -> bool:
+        """Whether they come and go."""
+        return self.most > self.min or self.standby > 0
 
 
 class TorchArgs(Section):
@@ -96,6 +105,8 @@ class EmulatedArgs(Section):
     """Factor on the coefficients from which the fit starts, so that it has something to learn."""
     mean_output_tokens: Positive | None = None
     """Texts end by themselves after so many tokens on average; at their limit when absent."""
+    start_scale: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Its start takes so many times what the profile's `start` says; 0: no longer than its process does."""
     die_after_tokens: Count | None = None
     """Fault: the process ends at once after so many output tokens."""
     hang_after_tokens: Count | None = None
@@ -178,6 +189,10 @@ class Model(Section):
                 raise ValueError(
                     f"instances.min is {self.instances.min} for {len(self.endpoints)} endpoints: remove it"
                 )
+            if self.instances.scaled:
+                raise ValueError(
+                    "instances.max and standby are for what is started here: remove them, or list endpoints"
+                )
         elif self.endpoints is not None or self.api_key_env is not None:
             raise ValueError(f"endpoints and api_key_env belong to engine openai, not {self.engine}")
         if self.engine == "openai" and self.path is None and self.args.get("token_ids"):
@@ -186,6 +201,8 @@ class Model(Section):
             raise ValueError("engine torch needs path, a model directory: make one with `hyperflexis make-model DIR`")
         if self.engine == "emulated" and self.profile is None:
             raise ValueError("engine emulated needs profile: name a shipped one, or a JSON file")
+        if self.mode == "observe" and self.instances.scaled:
+            raise ValueError("mode observe changes nothing: remove instances.max and standby, or the mode")
         return self
 
     @model_validator(mode="after")
@@ -208,7 +225,7 @@ class Model(Section):
 
     @property
     def num_instances(self) -> int:
-        """Instances to keep running."""
+        """Instances to keep running; the fewest where they come and go."""
         return len(self.endpoints) if self.endpoints is not None else self.instances.min
 
     def engine_args(self) -> Section:
@@ -222,7 +239,8 @@ class Device(Section):
     kind: Name
     """Kind of device."""
     count: Count
-    """How many there are; a fleet with more instances than devices is refused."""
+    """How many there are, one for each instance: a fleet that begins with more is refused, one that is scaled gets no
+    more."""
     memory_gb: Positive | None = None
     """Memory of each in 10⁹ bytes; models that need more are refused."""
 
@@ -278,7 +296,7 @@ class Launcher(Section):
 
 
 class LimitFields(Section):
-    """`limits`: bounds of each gateway, and of the queue."""
+    """`limits`: bounds of each gateway, of the queue, and of what instances are given time for."""
 
     max_body_mb: Positive = 16.0
     """Largest request body in MiB; over it: 413."""
@@ -292,6 +310,10 @@ class LimitFields(Section):
     """Predicted seconds of queue on the best instance; over it: 429 with Retry-After."""
     resume_wait_s: Seconds = 60.0
     """How long a stream whose instance was lost waits for another; then it ends with an error."""
+    start_wait_s: Seconds = 600.0
+    """How long a request waits for the first instance of a model that has none ready and is scaled; over it: 503."""
+    reclaim_s: Seconds = 30.0
+    """SIGUSR1 to an instance says that its machine is taken back after this time: by then its streams are elsewhere."""
     request_timeout_s: Seconds = 30.0
     """Time for a client to send a whole request; over it: 408."""
     idle_timeout_s: Seconds = 120.0
@@ -326,6 +348,11 @@ class Fleet(Section):
         default="hyperflexis",
         description=f"Who decides which instance gets a request and what it runs next: {', '.join(POLICIES)}. All but "
         "the first are for comparison (docs/policies/baselines.md). `NAME@512`: at most 512 tokens in an iteration.",
+    )
+    scaler: str = Field(
+        default="forecast",
+        description=f"Who decides how many instances a scaled model has: {', '.join(SCALERS)}. All but the first are "
+        "for comparison (docs/policies/scale.md); their numbers follow as in `concurrency@4,2,10`.",
     )
     listen: Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^\s:/]+):\d{1,5}$")] = "127.0.0.1:8080"
     """HOST:PORT for clients; port 0 takes a free one."""
@@ -369,6 +396,15 @@ class Fleet(Section):
         for name, model in models.items():
             if chunk is not None and "max_batch_tokens" not in ENGINE_ARGS[model.engine].model_fields:
                 raise ValueError(f"the servers of models.{name} form their iterations: write {spec.partition('@')[0]}")
+        return spec
+
+    @field_validator("scaler")
+    @classmethod
+    def _scaler_exists(cls, spec: str) -> str:
+        try:
+            find_scaler(spec)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
         return spec
 
     @model_validator(mode="after")
@@ -492,9 +528,14 @@ def _resolve(fleet: Fleet, file: Path, document: Document) -> Fleet:
             if "/" in profile or profile.endswith(".json"):
                 profile = absolute(profile)
             try:
-                load_profile(profile)
+                has_start = load_profile(profile).start is not None
             except ConfigError as error:
                 raise ConfigError(f"{document.at(('models', name, 'profile'))}: {error}") from error
+            if model.args.get("start_scale") and not has_start:
+                where = document.at(("models", name, "args", "start_scale"))
+                raise ConfigError(
+                    f"{where}: profile {profile} does not say what a start takes: remove it, or add `start`"
+                )
         path = None if model.path is None else absolute(model.path)
         models[name] = model.model_copy(update={"path": path, "profile": profile})
     state_dir = absolute(fleet.state_dir) if fleet.state_dir is not None else str(base / ".hyperflexis" / file.stem)

@@ -280,7 +280,8 @@ def cached_tokens(request: Request, instances: Iterable[TrackedInstance]) -> int
 class Cluster:
     """All instances, by model, all requests in flight, those of them that are ``waiting`` for an instance, what their
     outputs' lengths were so far, the shares of each model's tenants, the links between instances, and what each model's
-    requests ask for. ``launches`` are instances that are not ready yet."""
+    requests ask for. ``launches`` are instances that are not ready yet, ``standbys`` shells whose launch is not known.
+    """
 
     def __init__(self) -> None:
         self.instances: dict[str, TrackedInstance] = {}
@@ -293,6 +294,7 @@ class Cluster:
         self.demand: dict[str, Demand] = {}
         self.tallies: dict[str, Tally] = {}
         self.launches: dict[str, Launching] = {}
+        self.standbys: dict[str, InstanceInfo] = {}
 
     def tally(self, model: str, now: float) -> Tally:
         """What scaling counts of ``model``."""

@@ -7,6 +7,7 @@ from typing import Literal
 
 from .launch import Means
 from .links import KvSource
+from .weights import LoadWeights, SetSendRate
 
 RejectReason = Literal["slo_infeasible", "overloaded", "no_instance_ready", "unknown_model"]
 
@@ -119,12 +120,14 @@ class Evacuate:
 @dataclass(frozen=True, slots=True)
 class Drain:
     """The instance takes nothing new, and gives back after ``limit_s`` seconds what still runs (None: nothing). Not
-    ``on``: it takes requests again."""
+    ``on``: it takes requests again. ``ends``: it is to be stopped when it is empty, which it remembers and tells the
+    next controller."""
 
     instance: str
     epoch: int
     limit_s: float | None
     on: bool = True
+    ends: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,4 +175,18 @@ class Planned:
     reason: str
 
 
-Effect = Dispatch | Handoff | Reject | Suspect | Evacuate | Drain | SetRole | SetLinks | Launch | StopInstance | Planned
+Effect = (
+    Dispatch
+    | Handoff
+    | Reject
+    | Suspect
+    | Evacuate
+    | Drain
+    | SetRole
+    | SetLinks
+    | Launch
+    | StopInstance
+    | Planned
+    | LoadWeights
+    | SetSendRate
+)

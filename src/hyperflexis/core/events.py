@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from .effects import Launch
 from .instance import InstanceInfo, InstanceReport, InstanceState
 from .launch import Phase
 from .links import Link
 from .request import Request
 from .stream import Sent
+from .weights import InstanceStandby, WeightsLoaded
 
 Outcome = Literal["finished", "cancelled", "failed"]
 
@@ -76,30 +78,35 @@ class GatewayLeft:
 class InstanceJoined:
     """An instance connected and is ready to serve, unless it is ``draining``. ``prefill_share`` is the role that it was
     given before, by this controller or an earlier one; None: none yet. ``served``: it was ready before, and its link to
-    the controller is what is new."""
+    the controller is what is new. ``ends``: it drains in order to be stopped."""
 
     info: InstanceInfo
     draining: bool = False
     prefill_share: float | None = None
     served: bool = False
+    ends: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceDraining:
-    """An instance was told to end: it takes nothing new."""
+    """An instance was told to end, or that its machine goes: it takes nothing new, and gives back after ``limit_s``
+    seconds what still runs."""
 
     id: str
     epoch: int
+    limit_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class DrainAsked:
     """A person wants an instance to take nothing new, and to be empty after ``limit_s`` seconds (None: when its
-    requests have ended). Not ``on``: it is to take requests again."""
+    requests have ended). Not ``on``: it is to take requests again. ``hard``: it is gone then, so what still runs is
+    given back before, also where nobody else is ready."""
 
     instance: str
     limit_s: float | None
     on: bool = True
+    hard: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +181,15 @@ class LaunchFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class LauncherJoined:
+    """Who starts and ends instances connected. ``launches``: the last order for each of those that it runs and was not
+    told to stop. ``asked``: what people want of each model (ScaleAsked), as the launcher remembers it."""
+
+    launches: tuple[Launch, ...] = ()
+    asked: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class ScaleAsked:
     """A person wants a model to have so many instances, whatever is asked of it (None: as many as it needs)."""
 
@@ -199,8 +215,11 @@ Event = (
     | PrefillEnding
     | HandoffFailed
     | DrainAsked
+    | LauncherJoined
     | LaunchProgressed
     | LaunchFailed
+    | InstanceStandby
+    | WeightsLoaded
     | ScaleAsked
     | Tick
 )

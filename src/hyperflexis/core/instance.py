@@ -46,6 +46,15 @@ def check_instance_move(old: InstanceState, new: InstanceState) -> None:
         raise IllegalTransition(f"instance cannot move from {old} to {new}")
 
 
+LEAVE_S = 2.0
+"""What is given back leaves within an iteration, and gateways have asked where to go on within another second."""
+
+
+def in_time(limit_s: float) -> float:
+    """When an instance that is gone after ``limit_s`` is to give back what still runs, in seconds from now."""
+    return max(limit_s - LEAVE_S, 0.5 * limit_s)
+
+
 TOPOLOGY = ("host", "rack", "zone")
 """Labels that say where an instance is, nearest first."""
 
@@ -59,7 +68,8 @@ class InstanceInfo:
     False for engines that stream text only. ``latency`` is where the fit of iteration times starts. ``kv_address`` is
     where other instances get the KV of its requests (empty: it gives none), ``kv_bytes_per_token`` how much that is.
     ``labels`` say where it is, by the names of TOPOLOGY. ``weights_address`` is where others get its weights (empty: it
-    gives none), ``weights_digest`` says which these are (empty: none yet, or its engine does not know).
+    gives none), ``weights_digest`` says which these are (empty: none yet, or its engine does not know),
+    ``weights_bytes`` how much that is.
     """
 
     id: str
@@ -79,6 +89,7 @@ class InstanceInfo:
     labels: dict[str, str] = field(default_factory=dict)
     weights_address: str = ""
     weights_digest: str = ""
+    weights_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,10 @@ it is woken.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from .instance import InstanceState, check_instance_move
+from .instance import InstanceInfo, InstanceState, check_instance_move
 
 Means = Literal["standby", "d2d", "disk"]
 Phase = Literal["process", "engine_init", "weights", "warm_up"]
@@ -26,7 +26,9 @@ PATIENCE, PATIENCE_S = 3.0, 30.0
 @dataclass(slots=True, eq=False)
 class Launching:
     """An instance between its launch at ``since`` and READY, or a shell. ``expected_s`` is what such a start takes;
-    ``prefill_share`` its role (None: the fleet has none)."""
+    ``prefill_share`` its role (None: the fleet has none). ``adopted``: an earlier controller launched it, so how long
+    ago that was is not known. ``phases``: the seconds of those that are over. ``info``: what it is, once it has all but
+    its weights."""
 
     id: str
     model: str
@@ -36,6 +38,9 @@ class Launching:
     expected_s: float
     prefill_share: float | None = None
     state: InstanceState = InstanceState.LAUNCHING
+    adopted: bool = False
+    phases: dict[Phase, float] = field(default_factory=dict)
+    info: InstanceInfo | None = None
 
     def reach(self, state: InstanceState) -> None:
         """It has got as far as ``state``, LAUNCHING to LOADING; what lies between is passed through."""

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from ..core.instance import RequestProgress
 from ..core.latency import Coefficients
+from ..core.launch import Phase as StartPhase
 from ..core.links import KvSource, Link
 from ..core.weights import Attempt, LoadWeights, Phase
 from ..wire import Generate, TokenLogprob
@@ -25,7 +26,8 @@ STANDBY = "the instance is a standby: it has no weights"
 class EngineInfo:
     """What an engine is, known once it has started. Sizes in tokens; ``latency`` is the prior of the fit. Other
     instances get the KV of its requests at ``kv_address`` (empty: nowhere), ``kv_bytes_per_token`` for each token,
-    and its weights at ``weights_address``: those with ``weights_digest`` (empty: none yet, or it does not know)."""
+    and its weights at ``weights_address``: those with ``weights_digest`` (empty: none yet, or it does not know), of
+    ``weights_bytes``."""
 
     model: str
     engine: str
@@ -40,6 +42,7 @@ class EngineInfo:
     kv_bytes_per_token: int = 0
     weights_address: str = ""
     weights_digest: str = ""
+    weights_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,10 @@ Linked = Callable[[KvSource, Link | None, str], None]
 """Hears, on the event loop, of the link to a source of KV: how it was measured, or None and why there is none."""
 
 
+PhaseOver = Callable[[StartPhase, float], None]
+"""Hears, on the event loop, of each phase of a start that is over, and its seconds."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineReport:
     """Counters over the engine's life and levels now; ``progress`` covers requests that moved since the last call."""
@@ -113,10 +120,12 @@ class Engine(Protocol):
         epoch: int = 0,
         linked: Linked | None = None,
         standby: bool = False,
+        phase_over: PhaseOver | None = None,
     ) -> EngineInfo:
         """Load and warm up; in ``standby`` all but the weights, and refuse every stream until ``load`` has succeeded.
         ``ending`` hears of each request with ``hands_over`` once, when the last chunk of its prompt begins, ``linked``
-        of each link. The engine is ``epoch`` of ``instance`` to those that ask it for KV or weights.
+        of each link, ``phase_over`` of what the start consists of. The engine is ``epoch`` of ``instance`` to those
+        that ask it for KV or weights.
         Raises HyperFlexisError with a remedy when the model or the memory does not do."""
 
     async def load(self, order: LoadWeights) -> Loaded:

@@ -23,14 +23,15 @@ from functools import partial
 
 from ..batcher import Batch, Batcher, BatcherConfig, Emitted, RequestTooLong, Sampled, Sequence
 from ..core.latency import Coefficients, OnlineFit
+from ..core.launch import Phase as StartPhase
 from ..core.links import BYTES_PER_S, LATENCY_S, KvSource, Link
 from ..core.profile import Profile
-from ..core.weights import LoadWeights
+from ..core.weights import Attempt, LoadWeights, Path
 from ..errors import HyperFlexisError, ProtocolError
 from ..policy.catalog import StepFunctions
 from ..transfer.kv import Give, Take
 from ..wire import Generate, Sampling, TokenLogprob, pack_ids
-from .base import STANDBY, Emission, Ending, EngineInfo, EngineReport, Linked, Loaded, Sink
+from .base import STANDBY, Emission, Ending, EngineInfo, EngineReport, Linked, Loaded, PhaseOver, Sink
 from .driver import finished, report_of, sequence_of
 from .emulated_kv import EmulatedKv, KvHistory
 from .handoff import HandoffConfig, Handoffs
@@ -72,7 +73,8 @@ class EmulatedConfig:
 
     ``noise`` is the relative standard deviation of iteration times. ``prior_scale`` multiplies the coefficients from
     which the fit starts, so that it has something to learn. With ``mean_output_tokens`` texts end by themselves after
-    that many tokens on average (unless a request ignores that), else always at their limit. Sizes that are None are
+    that many tokens on average (unless a request ignores that), else always at their limit. A start takes
+    ``start_scale`` times what the profile's does; the process itself is a real one. Sizes that are None are
     the profile's. ``kv_listen``: address (``unix:PATH`` or HOST:PORT) at which other instances get the KV of requests
     from here, None for nowhere; ``kv_token``: the word that they share. What a request's real KV would take on its way
     is ``kv_link_latency_s`` and its bytes at ``kv_link_bytes_per_s``.
@@ -90,6 +92,7 @@ class EmulatedConfig:
     seed: int = 0
     prior_scale: float = 1.0
     mean_output_tokens: float | None = None
+    start_scale: float = 0.0
     faults: Faults = Faults()
     kv_listen: str | None = None
     kv_token: str = ""
@@ -113,6 +116,7 @@ class EmulatedEngine:
         self._clock = time.monotonic
         profile = config.profile
         self._prior = _scaled(profile.coefficients, config.prior_scale)
+        self._start = profile.start if config.start_scale else None
         block = config.block_size
         self._sizes = BatcherConfig(
             num_blocks=max((config.kv_tokens or profile.kv_capacity_tokens) // block, 1),
@@ -148,11 +152,16 @@ class EmulatedEngine:
         epoch: int = 0,
         linked: Linked | None = None,
         standby: bool = False,
+        phase_over: PhaseOver | None = None,
     ) -> EngineInfo:
-        """Ready at once: there are no weights."""
+        """Ready at once, unless a start is to take what the profile says: there are no weights."""
         self._sink = sink
         self._standby = standby
         self._loop = asyncio.get_running_loop()
+        for phase, seconds in self._phases(standby):
+            await asyncio.sleep(seconds)
+            if phase_over is not None:
+                phase_over(phase, seconds)
         sizes, config = self._sizes, self._config
         self._kv = EmulatedKv(
             f"{config.model} of {config.profile.name}",
@@ -183,12 +192,31 @@ class EmulatedEngine:
             latency=self._prior,
             kv_address=self._handoffs.address,
             kv_bytes_per_token=config.profile.kv_bytes_per_token,
+            weights_address="" if self._start is None else f"emulated:{instance}",
+            weights_digest="" if self._start is None else config.profile.name,
+            weights_bytes=config.profile.weight_bytes,
         )
 
+    def _phases(self, standby: bool) -> list[tuple[StartPhase, float]]:
+        start, scale = self._start, self._config.start_scale
+        if start is None:
+            return []
+        weights: list[tuple[StartPhase, float]] = [] if standby else [("weights", scale * start.weights_s)]
+        return [("engine_init", scale * start.engine_init_s), *weights, ("warm_up", scale * start.warm_up_s)]
+
     async def load(self, order: LoadWeights) -> Loaded:
-        """At once: there are no weights."""
+        """There are no weights: at once, or after what they would take over a link, or from disk."""
+        profile, began = self._config.profile, self._clock()
+        if self._start is None:
+            self._standby = False
+            return Loaded()
+        seconds = profile.weight_bytes / BYTES_PER_S if order.sources else self._start.weights_s
+        await asyncio.sleep(self._config.start_scale * seconds)
         self._standby = False
-        return Loaded()
+        path: Path = "tcp" if order.sources else "disk"
+        source = order.sources[0].instance if order.sources else profile.name
+        attempt = Attempt(path, source, profile.weight_bytes, self._clock() - began)
+        return Loaded((attempt,), (), profile.name)
 
     def set_send_rate(self, bytes_per_s: float | None) -> None:
         """Without effect: there are no weights to give."""

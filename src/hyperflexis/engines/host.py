@@ -2,6 +2,7 @@
 
     gateway    -> Generate, Cancel          each stream is a key in the engine
     gateway    <- Output                    one frame per gateway and iteration
+    controller <- LaunchProgressed          what the start consists of, phase by phase
     controller <- InstanceJoined            once ready, and again on each new link
     controller <- InstanceStandby           the same, while it has no weights
     controller -> LoadWeights               get them, from there
@@ -16,6 +17,9 @@
 
 The controller may be away: streams go on, and it is connected to again. One of an older term than the newest seen is
 refused. A gateway's streams end with its link, since nobody is left to read them.
+
+SIGTERM ends the instance once its streams have ended, or gone on elsewhere. SIGUSR1 says that its machine goes: the
+same, in time.
 """
 
 from __future__ import annotations
@@ -31,8 +35,16 @@ from typing import Any
 
 from .. import wire
 from ..core.effects import Drain, SetLinks, SetRole
-from ..core.events import InstanceDraining, InstanceJoined, InstanceLinked, InstanceReported, PrefillEnding
-from ..core.instance import InstanceInfo, InstanceReport, InstanceState, check_instance_move
+from ..core.events import (
+    InstanceDraining,
+    InstanceJoined,
+    InstanceLinked,
+    InstanceReported,
+    LaunchProgressed,
+    PrefillEnding,
+)
+from ..core.instance import InstanceInfo, InstanceReport, InstanceState, check_instance_move, in_time
+from ..core.launch import Phase as StartPhase
 from ..core.links import KvSource, Link
 from ..core.weights import InstanceStandby, LoadWeights, Phase, SetSendRate, WeightsLoaded
 from ..errors import HyperFlexisError
@@ -44,6 +56,8 @@ MAX_STREAMS = 8192
 REPORT_AT_LEAST_S = 1.0
 DRAIN_LIMIT_S = 30.0
 """How long streams may go on after SIGTERM; then they are given back, to go on elsewhere."""
+RECLAIM_S = 30.0
+"""After SIGUSR1, unless told otherwise: the shortest notice that large clouds give before they take a machine back."""
 CLOSE_LIMIT_S = 1.0
 """How long the last frames get to leave."""
 _log = logging.getLogger(__name__)
@@ -68,24 +82,36 @@ async def run_instance(
     report_every_s: float = 0.1,
     on_ready: Callable[[InstanceInfo], None] | None = None,
     standby: bool = False,
+    process_s: float = 0.0,
+    reclaim_s: float = RECLAIM_S,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then finish what runs (a second signal cuts that short) and return.
+    """Serve until SIGTERM or SIGINT, then finish what runs (a second signal cuts that short) and return. SIGUSR1 says
+    that this process is gone ``reclaim_s`` seconds later: what still runs is given back before.
 
     ``listen`` and ``controller`` are wire addresses; port 0 takes a free one. ``on_ready`` is told what the instance
-    is once it can be reached. A ``standby`` waits for the controller to tell it to load. Raises HyperFlexisError when
-    the engine does not start or breaks, or when the address is taken.
+    is once it can be reached. A ``standby`` waits for the controller to tell it to load. ``process_s`` is how long it
+    took until here. Raises HyperFlexisError when the engine does not start or breaks, or when the address is taken.
     """
     raise_fd_limit(MAX_STREAMS + 256)  # an engine that stands for a server has a connection a stream
     host = InstanceHost(engine, identity, report_every_s)
     signalled = asyncio.Event()
     cut_short = asyncio.Event()
+    limit_s = DRAIN_LIMIT_S
 
     def on_signal() -> None:
         (cut_short if signalled.is_set() else signalled).set()
 
+    def on_notice() -> None:
+        nonlocal limit_s
+        if not signalled.is_set():
+            limit_s = in_time(reclaim_s)
+            _log.warning("instance %s: its machine goes in %g s", identity.id, reclaim_s)
+            signalled.set()
+
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
+    handlers = {signal.SIGTERM: on_signal, signal.SIGINT: on_signal, signal.SIGUSR1: on_notice}
+    for number, handler in handlers.items():
+        loop.add_signal_handler(number, handler)
     tasks: list[asyncio.Task[Any]] = []
 
     def task(work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
@@ -94,7 +120,7 @@ async def run_instance(
 
     try:
         stop = task(signalled.wait())
-        starting = task(host.start(listen, controller, standby))
+        starting = task(host.start(listen, controller, standby, process_s))
         await asyncio.wait({starting, stop}, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
             return
@@ -105,15 +131,17 @@ async def run_instance(
         await asyncio.wait({running, stop}, return_when=asyncio.FIRST_COMPLETED)
         if running.done():
             running.result()
-        drained, cut = task(host.drained()), task(cut_short.wait())
-        await asyncio.wait({drained, cut}, timeout=DRAIN_LIMIT_S, return_when=asyncio.FIRST_COMPLETED)
-        host.give_back()
+        drained, cut = task(host.drained(limit_s)), task(cut_short.wait())
+        await asyncio.wait({drained, cut}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        left = host.give_back()
+        if left:
+            _log.warning("instance %s: %d streams had not ended; they are to go on elsewhere", identity.id, left)
     finally:
         for one in tasks:
             one.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await host.stop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in handlers:
             loop.remove_signal_handler(number)
 
 
@@ -175,6 +203,7 @@ class InstanceHost:
         self._no_streams = asyncio.Event()
         self._no_streams.set()
         self._draining = False
+        self._ends = False
         self._limit: asyncio.TimerHandle | None = None
         self._started = False
         self._controller_address: str | None = None
@@ -187,13 +216,21 @@ class InstanceHost:
         self._state = InstanceState.LAUNCHING
         self._began = asyncio.get_running_loop().time()
         self._phases: tuple[Phase, ...] = ()
+        self._start_phases: dict[StartPhase, float] = {}
         self._loading: asyncio.Task[None] | None = None
 
-    async def start(self, listen: str, controller: str | None, standby: bool = False) -> InstanceInfo:
-        """Load the engine, all but its weights in ``standby``, open the address, begin to look for the controller.
-        Raises HyperFlexisError."""
+    async def start(
+        self, listen: str, controller: str | None, standby: bool = False, process_s: float = 0.0
+    ) -> InstanceInfo:
+        """Begin to look for the controller, load the engine, all but its weights in ``standby``, open the address.
+        ``process_s`` is what came before. Raises HyperFlexisError."""
         me = self._identity
-        engine = await self.engine.start(self.emit, self.prefill_ends, me.id, me.epoch, self.link_is_known, standby)
+        if controller is not None:
+            self._controller_task = asyncio.create_task(wire.keep_connected(controller, self, self._hello))
+        self._phase_over("process", process_s)
+        engine = await self.engine.start(
+            self.emit, self.prefill_ends, me.id, me.epoch, self.link_is_known, standby, self._phase_over
+        )
         self._started = True
         try:
             self._server = await wire.listen(listen, lambda: _Gateway(self), self._hello)
@@ -221,13 +258,14 @@ class InstanceHost:
             labels=self._identity.labels,
             weights_address=engine.weights_address,
             weights_digest=engine.weights_digest,
+            weights_bytes=engine.weights_bytes,
         )
         self._move(InstanceState.STANDBY)
         if not standby:
             self._move(InstanceState.LOADING)
             self._move(InstanceState.READY)
-        if controller is not None:
-            self._controller_task = asyncio.create_task(wire.keep_connected(controller, self, self._hello))
+        if self._controller is not None:
+            self._introduce(self._controller)
         _log.info("instance %s %s: %s on %s at %s", me.id, self._state, engine.model, engine.device_kind, address)
         return self._info
 
@@ -249,20 +287,22 @@ class InstanceHost:
             self._told, silent_s = report, 0.0
             self._controller.send(InstanceReported(self._report(report)))
 
-    async def drained(self) -> None:
-        """Take nothing new and wait until no stream is open."""
+    async def drained(self, limit_s: float = DRAIN_LIMIT_S) -> None:
+        """Take nothing new and wait until no stream is open; what is after ``limit_s`` is given back then."""
         self._draining = True
         self.engine.drain()
         if self._controller is not None:
-            self._controller.send(InstanceDraining(self._identity.id, self._identity.epoch))
+            self._controller.send(InstanceDraining(self._identity.id, self._identity.epoch, limit_s))
         await self._no_streams.wait()
 
-    def give_back(self) -> None:
-        """End all streams here; their gateways have them go on elsewhere."""
+    def give_back(self) -> int:
+        """End all streams here; their gateways have them go on elsewhere. Returns how many there were."""
+        left = self._num_streams
         for gateway in self._gateways:
             for stream in list(gateway.streams.values()):
                 stream.moves = True
                 self.engine.cancel(stream)
+        return left
 
     async def stop(self) -> None:
         """End all streams, free the device and close all links. Safe at any time, also after a failed start."""
@@ -398,7 +438,7 @@ class InstanceHost:
 
     async def _load(self, order: LoadWeights) -> None:
         """From standby to ready, or back."""
-        me = self._identity
+        me, began = self._identity, asyncio.get_running_loop().time()
         loaded = await self.engine.load(order)
         for attempt in loaded.attempts:
             if attempt.problem:
@@ -407,6 +447,7 @@ class InstanceHost:
             self._move(InstanceState.STANDBY)
         else:
             assert self._info is not None
+            self._phase_over("weights", asyncio.get_running_loop().time() - began)
             self._info = replace(self._info, weights_digest=loaded.digest)
             self._move(InstanceState.READY)
             if self._controller is not None:
@@ -415,11 +456,19 @@ class InstanceHost:
             phases = (*self._phases, *loaded.phases)
             self._controller.send(WeightsLoaded(me.id, me.epoch, loaded.attempts, phases, loaded.problem))
 
+    def _phase_over(self, phase: StartPhase, seconds: float) -> None:
+        self._start_phases[phase] = seconds
+        if self._controller is not None:
+            self._controller.send(LaunchProgressed(self._identity.id, phase, seconds, self._state))
+
     def _introduce(self, link: wire.Link) -> None:
-        assert self._info is not None
+        if self._info is None:
+            for phase, seconds in self._start_phases.items():
+                link.send(LaunchProgressed(self._identity.id, phase, seconds, self._state))
+            return
         match self._state:
             case InstanceState.READY:
-                link.send(InstanceJoined(self._info, self._draining, self._prefill_share, self._served))
+                link.send(InstanceJoined(self._info, self._draining, self._prefill_share, self._served, self._ends))
                 self._served = True
             case _:
                 link.send(InstanceStandby(self._info, self._phases))
@@ -436,7 +485,7 @@ class InstanceHost:
 
     def _drain(self, order: Drain) -> None:
         """Unlike that of SIGTERM, a person's drain can be taken back: the engine hears nothing of it."""
-        self._draining = order.on
+        self._draining, self._ends = order.on, order.on and order.ends
         if self._limit is not None:
             self._limit.cancel()
             self._limit = None

@@ -31,7 +31,7 @@ from ..core.profile import Profile
 from ..core.weights import LoadWeights
 from ..errors import HyperFlexisError, ProtocolError
 from ..wire import Generate, unpack_ids
-from .base import STANDBY, Emission, Ending, EngineInfo, EngineReport, Linked, Loaded, Sink
+from .base import STANDBY, Emission, Ending, EngineInfo, EngineReport, Linked, Loaded, PhaseOver, Sink
 from .openai_answer import CARDS, EVENT, Card, Event, Events, error_message, is_set, token_logprobs_of
 
 CONNECT_S = 5.0
@@ -156,6 +156,7 @@ class OpenAIEngine:
         epoch: int = 0,
         linked: Linked | None = None,
         standby: bool = False,
+        phase_over: PhaseOver | None = None,
     ) -> EngineInfo:
         """Wait for the server and ask what it serves. Its requests are not handed over.
 

@@ -61,6 +61,7 @@ class Gateway:
             instances=self._instances,
             metrics=self._metrics,
             resume_wait_s=limits.resume_wait_s,
+            start_wait_s=limits.start_wait_s,
             now=self._now,
             answer_ended=self._answer_ended,
         )
@@ -190,7 +191,8 @@ class Gateway:
         return self._tenants[name]
 
     def _ready(self, exchange: Exchange) -> None:
-        missing = [model for model, number in self._num_ready().items() if number == 0]
+        controller = self.controller
+        missing = [m for m, number in self._num_ready().items() if number == 0 and not controller.awaits_launch(m)]
         if not self.controller.is_up:
             body = {"status": "not ready", "reason": "the controller is not connected", "missing": missing}
         elif missing:
@@ -215,6 +217,7 @@ class Gateway:
             controller_up=self.controller.is_up,
             ready=self._num_ready(),
             reports=() if self.controller.fleet is None else self.controller.fleet.reports,
+            scaled={} if self.controller.fleet is None else self.controller.fleet.scaled,
         )
 
 

@@ -42,7 +42,8 @@ class Limits:
     ``max_unsent_bytes`` of a stream unread, or reads nothing for ``stall_timeout_s`` while something waits for it, is
     cut and its request cancelled. ``controller_wait_s`` bounds the wait for a decision, and ``shutdown_grace_s`` the
     time that open streams get after SIGTERM.
-    A stream whose instance was lost waits ``resume_wait_s`` for another. ``max_choices`` bounds ``n`` times prompts.
+    A stream whose instance was lost waits ``resume_wait_s`` for another, any request ``start_wait_s`` where none is
+    ready and one is launched. ``max_choices`` bounds ``n`` times prompts.
     """
 
     max_body_bytes: int = 16 * MIB
@@ -56,6 +57,7 @@ class Limits:
     controller_wait_s: float = 10.0
     shutdown_grace_s: float = 30.0
     resume_wait_s: float = 60.0
+    start_wait_s: float = 600.0
     max_choices: int = 128
 
 

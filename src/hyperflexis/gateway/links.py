@@ -83,6 +83,11 @@ class ControllerLink:
         """Whether the controller is there and has said what the fleet is."""
         return self._link is not None and self.fleet is not None
 
+    def awaits_launch(self, model: str) -> bool:
+        """Whether the model has no instance ready, and a request for it has one launched and waits for it."""
+        status = None if self.fleet is None else self.fleet.models.get(model)
+        return status is not None and status.holds and not status.ready
+
     async def run(self) -> None:
         """Keep the link, and give up on questions that wait too long. Runs until cancelled."""
         async with asyncio.TaskGroup() as tasks:

@@ -50,6 +50,7 @@ class Services:
     instances: InstanceLinks
     metrics: GatewayMetrics
     resume_wait_s: float
+    start_wait_s: float
     now: Callable[[], float]
     answer_ended: Callable[[Answer], None]
 
@@ -265,7 +266,10 @@ class Choice:
 
     def wait_s(self) -> float | None:
         """See links.Asker."""
-        return self._services.resume_wait_s if self._stream.attempt else None
+        services = self._services
+        if services.controller.awaits_launch(self._request.model):
+            return services.start_wait_s
+        return services.resume_wait_s if self._stream.attempt else None
 
     def dispatched(self, dispatch: Dispatch) -> None:
         """See links.Asker."""
@@ -293,6 +297,10 @@ class Choice:
 
     def unanswered(self) -> None:
         """See links.Asker."""
+        if self._services.controller.awaits_launch(self._request.model):
+            message = f"no instance of {self._request.model!r} was ready within {self._services.start_wait_s:g} s"
+            self._answer.fail(api.ApiError(503, message, code="no_instance_ready", retry_after_s=2.0))
+            return
         if self._stream.attempt:
             message = f"its instance was lost and no other was ready within {self._services.resume_wait_s:g} s"
             self._answer.fail(api.ApiError(503, message, code="no_instance_ready", retry_after_s=2.0))

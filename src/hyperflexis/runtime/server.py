@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -42,13 +44,18 @@ from ..core.events import (
     InstanceLeft,
     InstanceLinked,
     InstanceReported,
+    LauncherJoined,
+    LaunchFailed,
+    LaunchProgressed,
     PrefillEnding,
     RequestArrived,
     RequestFinished,
+    ScaleAsked,
     Tick,
 )
 from ..core.health import WATCH_S
-from ..core.instance import InstanceInfo, InstanceReport
+from ..core.instance import InstanceInfo, InstanceReport, InstanceState
+from ..core.weights import InstanceStandby, LoadWeights, SetSendRate, WeightsLoaded
 from ..fd_limit import raise_fd_limit
 from .journal import VERSION as JOURNAL_VERSION
 from .journal import Header, Journal
@@ -60,19 +67,22 @@ MAX_HELD = 10_000
 """Messages of gateways kept during recovery; past that it ends early."""
 MAX_FDS = 4096
 """Links and files that the process wants to be able to have open."""
+_STATES = tuple(state.value for state in InstanceState if state not in (InstanceState.STOPPED, InstanceState.LOST))
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
     """``address`` to listen at, this start's ``term``, where the journal goes, the digest of the fleet file that is
-    noted in it, and how many instances a restarted controller waits for."""
+    noted in it, and how many instances a restarted controller waits for. ``models``: what is known beforehand of those
+    that may have no instance at all."""
 
     address: str
     term: int
     journal_dir: Path
     fleet_digest: str
     num_instances: int = 0
+    models: Mapping[str, wire.ModelStatus] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -97,9 +107,12 @@ class Server:
         self._gateways: dict[str, wire.Link] = {}
         self._observers: set[wire.Link] = set()
         self._instances: dict[str, _Instance] = {}
+        self._launcher: wire.Link | None = None
+        self._standbys: dict[str, wire.Link] = {}
+        self._planned: dict[str, Planned] = {}
         # A model whose last instance left keeps its sizes, so that gateways can still check prompts. One that was
-        # never ready is not here, since its sizes are not known.
-        self._models: dict[str, wire.ModelStatus] = {}
+        # never ready is not here, since its sizes are not known, unless the fleet file says them.
+        self._models: dict[str, wire.ModelStatus] = dict(config.models)
         self._held: list[tuple[wire.Link, Any]] | None = [] if config.term > 1 else None
         self.journal = Journal(config.journal_dir, self.header)
 
@@ -123,7 +136,7 @@ class Server:
     def link_made(self, link: wire.Link, hello: wire.Hello) -> None:
         """wire's callback."""
         match hello.role:
-            case "gateway" | "instance":
+            case "gateway" | "instance" | "launcher":
                 pass  # it counts from its joined message on, which says what it brings
             case "observer" | "operator":
                 self._observers.add(link)
@@ -165,7 +178,7 @@ class Server:
             case PrefillEnding(instance=id, epoch=epoch) if id == sender and self._is_current(link, id, epoch):
                 self._handle(message)
             case InstanceDraining(id=id, epoch=epoch) if id == sender and self._is_current(link, id, epoch):
-                self._instances[sender].notice = "it was told to end"
+                self._instances[sender].notice = f"it was told to end within {message.limit_s:g} s"
                 self._handle(message)
                 self.broadcast()
             case DrainAsked() if link.remote.role == "operator":
@@ -174,6 +187,31 @@ class Server:
             case InstanceLinked(id=id, epoch=epoch) if id == sender and self._is_current(link, id, epoch):
                 self._handle(message)
                 self.broadcast()
+            case ScaleAsked() if link.remote.role == "operator":
+                self._handle(message)
+                self._planned.pop(message.model, None)
+                if self._launcher is not None:
+                    self._launcher.send(message)  # which remembers it
+                self.broadcast()
+            case LauncherJoined() if link.remote.role == "launcher":
+                old, self._launcher = self._launcher, link
+                if old is not None and old is not link:
+                    old.close("the launcher connected again")
+                self._handle(message)
+            case LaunchFailed() if self._launcher is link:
+                _log.warning("instance %s was not launched, or ended: %s", message.instance, message.reason)
+                self._handle(message)
+            case LaunchProgressed(instance=id) if id == sender and link.remote.role == "instance":
+                _log.info("instance %s: %s took %.2f s", id, message.phase, message.seconds)
+                self._handle(message)
+            case InstanceStandby(info=info) if info.id == sender:
+                self._standbys[sender] = link
+                self._handle(message)
+            case WeightsLoaded(instance=id) if id == sender:
+                for attempt in message.attempts:
+                    outcome = attempt.problem or f"{attempt.num_bytes / 1e6:.1f} MB in {attempt.seconds:.2f} s"
+                    _log.info("instance %s: weights from %s (%s): %s", id, attempt.source, attempt.path, outcome)
+                self._handle(message)
             case InstanceDraining() | InstanceReported() | InstanceLinked() | PrefillEnding():
                 pass  # of an epoch that has been replaced
             case _:
@@ -184,6 +222,10 @@ class Server:
         self._observers.discard(link)
         assert link.remote is not None
         sender = link.remote.id
+        if self._launcher is link:
+            self._launcher = None
+        if self._standbys.get(sender) is link:
+            del self._standbys[sender]
         if self._gateways.get(sender) is link:
             del self._gateways[sender]
             self._handle(GatewayLeft(sender))
@@ -205,6 +247,7 @@ class Server:
         if old is not None and old.link is not link:
             old.link.close(f"instance {info.id} connected again")
             self._instance_left(old, "it connected again")
+        self._standbys.pop(info.id, None)
         self._instances[info.id] = _Instance(link, info, notice="it is draining" if message.draining else "")
         self._handle(message)
         self.broadcast()
@@ -256,11 +299,22 @@ class Server:
                 for link in self._gateways.values():
                     link.send(effect)
             case Launch() | StopInstance():
-                _log.warning(
-                    "instance %s: nobody here launches or stops instances (%s)", effect.instance, effect.reason
-                )
+                what = f"is launched ({effect.means})" if isinstance(effect, Launch) else "is stopped"
+                _log.info("instance %s %s: %s", effect.instance, what, effect.reason)
+                # One that is away says what runs when it is back, and is told again.
+                if self._launcher is not None:
+                    self._launcher.send(effect)
+            case LoadWeights():
+                link = self._standbys.get(effect.instance)
+                if link is not None:
+                    link.send(effect)
+            case SetSendRate():
+                self._instances[effect.instance].link.send(effect)
             case Planned():
-                pass
+                before = self._planned.get(effect.model)
+                self._planned[effect.model] = effect
+                if before is None or before.held != effect.held:
+                    _log.info("model %s is to have %d instances: %s", effect.model, effect.held, effect.reason)
             case _:
                 assert_never(effect)
 
@@ -295,16 +349,29 @@ class Server:
         for id, instance in sorted(self._instances.items()):
             info = instance.info
             of_model = ready.setdefault(info.model, [])
-            self._models[info.model] = wire.ModelStatus([], info.context_length, info.returns_token_ids)
+            holds = info.model in self._config.models
+            self._models[info.model] = wire.ModelStatus([], info.context_length, info.returns_token_ids, holds)
             if id in takes_work:
                 of_model.append(id)
             else:
                 notices[id] = instance.notice
-        models = {
-            name: wire.ModelStatus(ready[name], status.context_length, status.returns_token_ids)
-            for name, status in self._models.items()
-        }
-        return wire.Fleet(models, [i.report for i in self._instances.values() if i.report is not None], notices)
+        models = {name: msgspec.structs.replace(status, ready=ready[name]) for name, status in self._models.items()}
+        reports = [instance.report for instance in self._instances.values() if instance.report is not None]
+        return wire.Fleet(models, reports, notices, self._scaled())
+
+    def _scaled(self) -> dict[str, wire.Scaled]:
+        scale = self._controller.config.scale
+        cluster, memory = self._controller.cluster, self._controller.scaling
+        found = {}
+        for one in () if scale is None else scale.models:
+            states: Counter[str] = Counter(dict.fromkeys(_STATES, 0))
+            states.update(instance.state for instance in cluster.by_model.get(one.model, {}).values())
+            states.update(launching.state for launching in cluster.launches.values() if launching.model == one.model)
+            planned = self._planned.get(one.model)
+            asked = None if one.model not in memory.models else memory.models[one.model].asked
+            phases = memory.phases.get(one.model, {})
+            found[one.model] = wire.Scaled(one.least, one.most, asked, planned, dict(states), phases)
+        return found
 
     def broadcast(self) -> None:
         """Tell gateways and observers what is ready."""

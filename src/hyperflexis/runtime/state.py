@@ -22,6 +22,7 @@ from typing import IO, Literal
 
 import msgspec
 
+from ..core.effects import Launch
 from ..errors import HyperFlexisError
 
 Role = Literal["gateway", "instance", "controller"]
@@ -39,15 +40,18 @@ class Running(msgspec.Struct, frozen=True):
 
 
 class RunningChild(Running, frozen=True):
-    """A child process. ``number`` is the term or epoch it was started with."""
+    """A child process. ``number`` is the term or epoch it was started with, ``launch`` the controller's order for it;
+    None: it is one that is kept running."""
 
     number: int
     role: Role = "instance"
+    launch: Launch | None = None
 
 
 class State(msgspec.Struct):
     """The content of state.json. ``started_with`` has what children read when they start, by its name in words;
-    ``stopping`` the roles whose children were told to stop."""
+    ``stopping`` the roles whose children were told to stop. ``launches`` counts those that the controller asked for,
+    and numbers their epochs: each has a name of its own. ``asked``: how many instances people want of a model."""
 
     version: int = VERSION
     listen: str = ""
@@ -56,6 +60,8 @@ class State(msgspec.Struct):
     stopping: list[Role] = []
     term: int = 0
     epochs: dict[str, int] = {}
+    launches: int = 0
+    asked: dict[str, int] = {}
     children: dict[str, RunningChild] = {}
 
 
@@ -96,6 +102,12 @@ class StateFile:
         self.save()
         return epoch
 
+    def mint_launch(self) -> int:
+        """The epoch of an instance that the controller asked for."""
+        self.state.launches += 1
+        self.save()
+        return self.state.launches
+
     def record_serve(self, listen: str, started_with: Mapping[str, str]) -> None:
         """Note this process as the fleet's serve, where clients reach it, and what children start with from now on."""
         self.state.listen = listen
@@ -119,10 +131,24 @@ class StateFile:
         self.save()
         return True
 
-    def record(self, child: str, role: Role, pid: int, number: int) -> None:
+    def record(self, child: str, role: Role, pid: int, number: int, launch: Launch | None = None) -> None:
         """Note that a child runs."""
         known = identify(pid)
-        self.state.children[child] = RunningChild(known.pid, known.started, known.boot_id, number, role)
+        self.state.children[child] = RunningChild(known.pid, known.started, known.boot_id, number, role, launch)
+        self.save()
+
+    def note_launch(self, order: Launch) -> None:
+        """Note the controller's later order for an instance that runs."""
+        known = self.state.children.get(order.instance)
+        if known is not None:
+            self.state.children[order.instance] = msgspec.structs.replace(known, launch=order)
+            self.save()
+
+    def note_asked(self, model: str, instances: int | None) -> None:
+        """Note how many instances a person wants; None: as many as it needs."""
+        self.state.asked = {name: n for name, n in self.state.asked.items() if name != model}
+        if instances is not None:
+            self.state.asked[model] = instances
         self.save()
 
     def forget(self, child: str) -> None:

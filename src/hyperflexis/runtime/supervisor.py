@@ -1,4 +1,5 @@
-"""Keeps a fleet's children running: the controller, the gateways, the instances.
+"""Keeps a fleet's children running: the controller, the gateways, the instances. Those instances that the controller
+launches itself (launcher.py) are started once.
 
 Each child is restartable alone, and none dies with the supervisor: should ``serve`` be killed outright, the fleet
 goes on serving, and the next ``serve`` finds its children in the state file and adopts them. On a clean stop the
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .. import wire
+from ..core.effects import Launch
 from ..core.events import GatewayJoined
 from .adopted import AdoptedProcess
 from .restarts import Restarts
@@ -51,12 +53,13 @@ class StartProcess(Protocol):
 @dataclass(frozen=True, slots=True)
 class Child:
     """A process to keep. ``command`` is given the number minted for this launch: the term of a controller, the epoch
-    of an instance, 0 for a gateway."""
+    of an instance, 0 for a gateway. ``launch``: the controller's order for it; such a one is not started again."""
 
     name: str
     role: Role
     command: Callable[[int], Sequence[str]]
     env: Mapping[str, str]
+    launch: Launch | None = None
 
 
 class Supervisor:
@@ -76,6 +79,8 @@ class Supervisor:
         self._tell = tell
         self._limits = {**STOP_LIMIT_S, "gateway": gateway_grace_s + 2.0}
         self._running: dict[str, Process] = {}
+        self._launched: dict[str, asyncio.Task[None]] = {}
+        self._ending: dict[str, asyncio.Task[None]] = {}
         self._stopping = asyncio.Event()
         self._at_once = asyncio.Event()
 
@@ -101,15 +106,53 @@ class Supervisor:
             await self._stop_role(role, {name: tasks[name] for name, child in left.items() if child.role == role})
         self._state.forget_all()
 
-    async def run(self, children: Sequence[Child]) -> None:
-        """Adopt the children that run already, start the others, and keep all.
-
-        Returns when all have ended after ``stop``; leaves none behind however it ends.
-        """
+    def adopt(self) -> list[Launch]:
+        """Take over the children that run already. Returns the controller's orders among them: to ``begin``."""
         adopted = self._state.survivors()
         if adopted:
             self._tell(f"adopted {len(adopted)} processes of an earlier serve: {', '.join(adopted)}")
+        for name in [name for name in self._state.state.children if name not in adopted]:
+            self._state.forget(name)  # a launched one is not started again under its name
         self._running.update((name, AdoptedProcess(child)) for name, child in adopted.items())
+        return [child.launch for child in adopted.values() if child.launch is not None]
+
+    def begin(self, child: Child, ended: Callable[[str], None]) -> None:
+        """Start a child once, or go on with it where it was adopted. ``ended`` hears, in words, how it ended."""
+
+        async def run() -> None:
+            try:
+                how = await self._run_once(child)
+            finally:
+                del self._launched[child.name]
+            ended(how)
+
+        self._launched[child.name] = asyncio.create_task(run())
+
+    def runs(self, name: str) -> bool:
+        """Whether a child that was begun has not ended yet."""
+        return name in self._launched
+
+    def end(self, name: str) -> None:
+        """Have a child that was begun end; killed if it does not."""
+        if name in self._launched and name not in self._ending:
+            self._ending[name] = asyncio.create_task(self._end(name, self._launched[name]))
+
+    async def _end(self, name: str, task: asyncio.Task[None]) -> None:
+        self._signal([name], signal.SIGTERM)
+        await asyncio.wait([task], timeout=self._limits["instance"])
+        for killed in self._signal([name], signal.SIGKILL):
+            self._tell(f"{killed} was killed, as it had not ended")
+        del self._ending[name]
+
+    def log_of(self, name: str) -> Path:
+        """Where a child's output goes."""
+        return self._log_dir / f"{name}.log"
+
+    async def run(self, children: Sequence[Child]) -> None:
+        """Start the children that were not adopted, and keep all.
+
+        Returns when all have ended after ``stop``, those that were begun too; leaves none behind however it ends.
+        """
         tasks = {child.name: asyncio.create_task(self._keep(child)) for child in children}
         try:
             stopped = asyncio.create_task(self._stopping.wait())
@@ -117,14 +160,16 @@ class Supervisor:
             stopped.cancel()
             self._stopping.set()  # also when one of the tasks failed: then the rest is stopped and it raises below
             for role in STOP_ORDER:
-                await self._stop_role(role, {c.name: tasks[c.name] for c in children if c.role == role})
+                launched = self._launched if role == "instance" else {}
+                await self._stop_role(role, {c.name: tasks[c.name] for c in children if c.role == role} | launched)
             await asyncio.gather(*tasks.values())
         finally:
             for process in self._running.values():
                 process.signal(signal.SIGKILL)
-            for task in tasks.values():
+            all_tasks = [*tasks.values(), *self._launched.values(), *self._ending.values()]
+            for task in all_tasks:
                 task.cancel()
-            await asyncio.gather(*tasks.values(), return_exceptions=True)
+            await asyncio.gather(*all_tasks, return_exceptions=True)
 
     async def _stop_role(self, role: Role, tasks: Mapping[str, asyncio.Task[Any]]) -> None:
         first = signal.SIGKILL if self._at_once.is_set() else signal.SIGTERM
@@ -149,10 +194,10 @@ class Supervisor:
     async def _keep(self, child: Child) -> None:
         clock = asyncio.get_running_loop().time
         restarts = Restarts()
-        log = self._log_dir / f"{child.name}.log"
+        log = self.log_of(child.name)
         while child.name in self._running or not self._stopping.is_set():
             began = clock()
-            ended = await self._run_once(child, log)
+            ended = await self._run_once(child)
             if self._stopping.is_set():
                 return
             verdict = restarts.died(clock(), clock() - began)
@@ -166,20 +211,20 @@ class Supervisor:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), verdict.delay_s)
 
-    async def _run_once(self, child: Child, log: Path) -> str:
+    async def _run_once(self, child: Child) -> str:
         """Start the child, unless it was adopted, and wait for its end, which is returned in words."""
         if child.name not in self._running:
             number = self._mint(child)
 
             def started(pid: int) -> None:
-                self._state.record(child.name, child.role, pid, number)
+                self._state.record(child.name, child.role, pid, number, child.launch)
 
             try:
-                process = await self._start(child.command(number), child.env, log, started)
+                process = await self._start(child.command(number), child.env, self.log_of(child.name), started)
             except OSError as error:
                 return f"could not be started: {error}"
             self._running[child.name] = process
-            if self._stopping.is_set():
+            if self._stopping.is_set() or child.name in self._ending:
                 process.signal(signal.SIGTERM)  # the stop came while it was being started and did not see it
         code = await self._wait(child.name)
         if code is None:
@@ -196,6 +241,8 @@ class Supervisor:
         return code
 
     def _mint(self, child: Child) -> int:
+        if child.launch is not None:
+            return self._state.mint_launch()
         match child.role:
             case "controller":
                 return self._state.mint_term()

@@ -50,6 +50,7 @@ from ..core.events import (
     InstanceLeft,
     InstanceLinked,
     InstanceReported,
+    LauncherJoined,
     PrefillEnding,
     RequestFinished,
     Tick,
@@ -59,6 +60,7 @@ from ..core.latency import OnlineFit
 from ..core.links import Links
 from ..core.record import Record, RecordOutcome, Run
 from ..core.request import Request
+from ..core.weights import LoadWeights, SetSendRate
 from ..policy.catalog import STEPS
 from .client import Client
 from .config import KnownLengths, Observer, Sample, SimConfig, SimCounters, SimResult
@@ -133,6 +135,8 @@ class _Simulation:  # implements the Fleet of handoffs.py and launches.py
         """All events in order."""
         for instance in self._instances:
             self.tell(InstanceJoined(instance.info), 0.0)
+        if self._config.scale is not None:
+            self.tell(LauncherJoined(), 0.0)
         for fault in self._config.faults:
             self.push(fault.at_s, Phase.FAULT, fault)
         if self._config.tick_s is not None:
@@ -212,8 +216,8 @@ class _Simulation:  # implements the Fleet of handoffs.py and launches.py
                     self._counters.transitions += 1
                 case SetLinks():
                     self._handoffs.link(effect, now)
-                case Suspect() | Planned():
-                    pass
+                case Suspect() | Planned() | LoadWeights() | SetSendRate():
+                    pass  # what a start takes is known here (launches.py)
                 case Launch():
                     self._launches.begin(effect, now)
                 case StopInstance():

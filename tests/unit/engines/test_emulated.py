@@ -6,10 +6,14 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 
 import pytest
 from tests.contract.support import LIMIT_S, Driver, driven, emulated, fast_profile
 
+from hyperflexis.core.links import BYTES_PER_S
+from hyperflexis.core.profile import Start
+from hyperflexis.core.weights import LoadWeights, WeightSource
 from hyperflexis.engines.emulated import DIED, END_OF_TEXT, EmulatedConfig, EmulatedEngine, Faults
 from hyperflexis.engines.profiles import load_profile, shipped_profiles
 from hyperflexis.errors import HyperFlexisError
@@ -205,3 +209,31 @@ async def test_the_shipped_profiles_run_within_their_sizes(name: str) -> None:
         assert driver.engine.report().busy_s == pytest.approx(
             profile.iteration_s(100, 5000, 0, 0) + 2 * profile.iteration_s(0, 0, 1, 100), rel=0.01
         )
+
+
+async def test_a_start_takes_its_share_of_what_the_profile_says() -> None:
+    start = Start(process_s=9.0, engine_init_s=2.0, weights_s=4.0, warm_up_s=1.0, source="invented")
+    profile = replace(fast_profile(), start=start, weight_bytes=int(BYTES_PER_S))
+    for standby, expected in (
+        (False, [("engine_init", 0.02), ("weights", 0.04), ("warm_up", 0.01)]),
+        (True, [("engine_init", 0.02), ("warm_up", 0.01)]),
+    ):
+        engine, phases = emulated("hyperflexis", profile=profile, start_scale=0.01), []
+        began = time.monotonic()
+        info = await engine.start(
+            lambda emissions: None,
+            instance="i1",
+            standby=standby,
+            phase_over=lambda *phase, phases=phases: phases.append(phase),
+        )
+        assert phases == expected and time.monotonic() - began >= sum(seconds for _, seconds in expected)
+        assert (info.weights_address, info.weights_digest, info.weights_bytes) == ("emulated:i1", "fast", BYTES_PER_S)
+        if standby:
+            for sources, path, seconds in (((WeightSource("emulated:i0", "i0", 1),), "tcp", 0.01), ((), "disk", 0.04)):
+                loaded = await engine.load(LoadWeights("i1", 1, sources, "fast"))
+                (attempt,) = loaded.attempts
+                assert (attempt.path, attempt.problem) == (path, "") and attempt.seconds >= seconds
+        await engine.stop()
+    engine = emulated("hyperflexis", profile=profile)
+    assert (await engine.start(lambda emissions: None)).weights_address == "", "unless it is asked to"
+    await engine.stop()

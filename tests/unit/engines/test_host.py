@@ -17,7 +17,14 @@ from tests.contract.support import LIMIT_S, emulated
 
 from hyperflexis import wire
 from hyperflexis.core.effects import Drain, SetRole
-from hyperflexis.core.events import InstanceDraining, InstanceJoined, InstanceReported, PrefillEnding
+from hyperflexis.core.events import (
+    InstanceDraining,
+    InstanceJoined,
+    InstanceReported,
+    LaunchProgressed,
+    PrefillEnding,
+)
+from hyperflexis.engines.base import EngineInfo
 from hyperflexis.engines.emulated import EmulatedEngine
 from hyperflexis.engines.host import InstanceHost, InstanceIdentity
 from hyperflexis.errors import HyperFlexisError
@@ -295,11 +302,59 @@ async def test_a_drain_gives_streams_back_at_its_limit_and_can_be_taken_back(add
         # A controller that comes now hears of it.
         controller.links[0].close("a new one comes")
         await controller.until(lambda: len(controller.of(InstanceJoined)) == 2)
-        assert [joined.draining for joined in controller.of(InstanceJoined)] == [False, True]
+        assert [(joined.draining, joined.ends) for joined in controller.of(InstanceJoined)] == [
+            (False, False),
+            (True, False),
+        ]
+        controller.links[-1].send(Drain("i1", 1, None, ends=True))
+        gateway.links[0].send(generate(4))
+        await gateway.until(lambda: gateway.finish(4))
+        controller.links[-1].close("and another")
+        await controller.until(lambda: len(controller.of(InstanceJoined)) == 3)
+        assert controller.of(InstanceJoined)[-1].ends, "whose drain it is outlives the controller"
         controller.links[-1].send(Drain("i1", 1, None, on=False))
         gateway.links[0].send(generate(3))
         assert (await gateway.until(lambda: gateway.finish(3))).reason == "length"
     server.close()
+
+
+class Starts(EmulatedEngine):
+    """Starts when its test lets it."""
+
+    begun: asyncio.Event
+    goes: asyncio.Event
+
+    async def start(self, *arguments: Any) -> EngineInfo:
+        phase_over = arguments[-1]
+        phase_over("engine_init", 1.5)
+        self.begun.set()
+        await self.goes.wait()
+        phase_over("warm_up", 2.5)
+        return await super().start(*arguments)
+
+
+async def test_controllers_hear_of_a_start_while_it_lasts(address: str, tmp_path: Path) -> None:
+    controller = Peer()
+    where = f"unix:{tmp_path}/c"
+    server = await wire.listen(where, lambda: controller, lambda: wire.Hello(wire.VERSION, "controller", "c", term=1))
+    engine = Starts(emulated("hyperflexis")._config)
+    engine.begun, engine.goes = asyncio.Event(), asyncio.Event()
+    host = InstanceHost(engine, InstanceIdentity("i1", 1))
+    starting = asyncio.create_task(host.start(address, where, False, 0.5))
+    try:
+        for links in (1, 2):  # a controller that comes in between hears what is over
+            await controller.until(lambda links=links: len(controller.of(LaunchProgressed)) == 2 * links)
+            controller.links[-1].close("a new one comes")
+        await controller.until(lambda: len(controller.links) == 3)
+        engine.goes.set()
+        await starting
+        await controller.until(lambda: controller.of(InstanceJoined))
+        told = [(one.phase, one.seconds) for one in controller.of(LaunchProgressed)[-3:]]
+        assert told == [("process", 0.5), ("engine_init", 1.5), ("warm_up", 2.5)]
+        assert {one.instance for one in controller.of(LaunchProgressed)} == {"i1"}
+    finally:
+        await host.stop()
+        server.close()
 
 
 class Roles(EmulatedEngine):

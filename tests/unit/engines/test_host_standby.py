@@ -11,7 +11,7 @@ from tests.contract.support import emulated
 from tests.unit.engines.test_host import Peer, gateway_at, generate
 
 from hyperflexis import wire
-from hyperflexis.core.events import InstanceJoined, InstanceReported
+from hyperflexis.core.events import InstanceJoined, InstanceReported, LaunchProgressed
 from hyperflexis.core.weights import (
     Attempt,
     InstanceStandby,
@@ -84,7 +84,7 @@ async def test_a_standby_is_introduced_loads_once_and_joins(tmp_path: Path) -> N
         assert (told.problem, told.attempts) == ("", (attempt,))
         assert [phase.name for phase in told.phases] == ["launching", "standby", "loading", "transfer"]
         kinds = [type(message) for message in controller.messages if not isinstance(message, InstanceReported)]
-        assert kinds == [InstanceStandby, InstanceJoined, WeightsLoaded]
+        assert kinds == [InstanceStandby, LaunchProgressed, InstanceJoined, WeightsLoaded]
         assert controller.of(InstanceJoined)[0].info.weights_digest == "abc"
         gateway.links[0].send(generate(2))
         assert (await gateway.until(lambda: gateway.finish(2))).reason == "length"

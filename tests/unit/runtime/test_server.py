@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +12,33 @@ from tests.unit.runtime.support import arrival, info, join, report
 
 from hyperflexis import wire
 from hyperflexis.controller import Controller, ControllerConfig
-from hyperflexis.core.effects import Dispatch, Handoff, Reject, SetLinks, SetRole
+from hyperflexis.core.effects import Dispatch, Handoff, Launch, Reject, SetLinks, SetRole
 from hyperflexis.core.events import (
     GatewayJoined,
     HandoffFailed,
     InstanceJoined,
     InstanceLinked,
     InstanceReported,
+    LauncherJoined,
+    LaunchFailed,
+    LaunchProgressed,
     PrefillEnding,
+    ScaleAsked,
 )
+from hyperflexis.core.instance import InstanceInfo, InstanceState
 from hyperflexis.core.links import KvSource, Link, Split
+from hyperflexis.core.weights import InstanceStandby, LoadWeights, WeightsLoaded
+from hyperflexis.policy.scale import ModelScale, ScaleConfig
 from hyperflexis.runtime.journal import Entry, read_journal
 from hyperflexis.runtime.server import Server, ServerConfig
 
 
 @contextlib.asynccontextmanager
 async def listening(
-    directory: Path, term: int, num_instances: int, **settings: Any
+    directory: Path, term: int, num_instances: int, models: dict[str, wire.ModelStatus] | None = None, **settings: Any
 ) -> AsyncIterator[tuple[str, Server]]:
     where = f"unix:{directory}/c.sock"
-    config = ServerConfig(where, term, directory / "journal", "digest", num_instances)
+    config = ServerConfig(where, term, directory / "journal", "digest", num_instances, models or {})
     server = Server(config, Controller(ControllerConfig(("tiny",), "least_loaded", **settings)))
     listener = await wire.listen(where, lambda: server, server.hello)
     yield where, server
@@ -209,3 +217,52 @@ async def test_a_request_is_handed_over_by_order_of_the_controller(tmp_path: Pat
     entries = [item for item in read_journal(tmp_path / "journal") if isinstance(item, Entry)]
     told = [entry.event for entry in entries if isinstance(entry.event, PrefillEnding | HandoffFailed)]
     assert told == [PrefillEnding("r", "a", 1, 0.01), HandoffFailed("r", "a", 1, "no room")]
+
+
+def launch(id: str) -> InstanceInfo:
+    return replace(info(id), weights_address="unix:/w", weights_digest="abc")
+
+
+async def test_what_is_planned_reaches_the_launcher_and_shells_their_sources(tmp_path: Path) -> None:
+    scale = ScaleConfig((ModelScale("tiny", least=1, most=4, start_s={"disk": 5.0, "d2d": 1.0}),), policy="fixed@2")
+    known = {"tiny": wire.ModelStatus([], 512, True, holds=True)}
+    async with listening(tmp_path, term=1, num_instances=1, models=known, scale=scale) as (address, server):
+        _, seen = await join(address, "observer", "o")
+        fleet = await seen.get(wire.Fleet)
+        assert (fleet.models["tiny"].context_length, fleet.models["tiny"].holds) == (512, True)
+        now = asyncio.get_running_loop().time()
+        server._look(now)
+        launcher, orders = await join(address, "launcher", "serve")
+        launcher.send(LauncherJoined())
+        a, _ = await join(address, "instance", "a")
+        a.send(InstanceJoined(launch("a")))
+        await seen.get(wire.Fleet, has_ready("a"))
+        server._look(now + 1.0)
+        order = await orders.get(Launch)
+        assert (order.means, order.shell) == ("d2d", False), "nothing had been asked of it before"
+        shell, told = await join(address, "instance", order.instance)
+        shell.send(LaunchProgressed(order.instance, "process", 2.5, InstanceState.LAUNCHING))
+        shell.send(InstanceStandby(info(order.instance), ()))
+        load = await told.get(LoadWeights)
+        assert [source.instance for source in load.sources] == ["a"]
+        shell.send(InstanceJoined(launch(order.instance)))
+        shell.send(WeightsLoaded(order.instance, 1, (), ()))
+        fleet = await seen.get(wire.Fleet, lambda fleet: fleet.scaled["tiny"].states["ready"] == 2)
+        assert fleet.scaled["tiny"].phases == {"process": (1, 2.5)}
+        operator, heard = await join(address, "operator", "scale")
+        operator.send(ScaleAsked("tiny", 1))
+        assert await orders.get(ScaleAsked) == ScaleAsked("tiny", 1), "it remembers that"
+        fleet = await heard.get(wire.Fleet, lambda fleet: fleet.scaled["tiny"].asked == 1)
+        assert fleet.scaled["tiny"].planned is None, "not yet taken into account"
+        server._look(now + 2.0)
+        server.broadcast()
+        fleet = await heard.get(wire.Fleet, lambda fleet: fleet.scaled["tiny"].states["draining"] == 1)
+        assert fleet.scaled["tiny"].planned.reason == "1 were asked for"
+
+
+@pytest.mark.parametrize("message", [LauncherJoined(), LaunchFailed("m-1", "x"), ScaleAsked("tiny", 1)])
+async def test_who_is_not_the_launcher_or_an_operator_does_not_say_so(address: str, message: object) -> None:
+    link, heard = await join(address, "instance", "x")
+    link.send(message)
+    async with asyncio.timeout(5):
+        await heard.lost

@@ -4,11 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from hyperflexis.core.effects import Launch
 from hyperflexis.errors import HyperFlexisError
 from hyperflexis.runtime.state import MAX_SOCKET_PATH, Lock, StateFile, identify, is_alive, kill_group, socket_dir
 
@@ -26,6 +28,22 @@ def test_terms_and_epochs_only_grow_over_restarts(tmp_path: Path) -> None:
     assert [first.mint_epoch("a"), first.mint_epoch("b"), first.mint_epoch("a")] == [1, 1, 2]
     second = StateFile(tmp_path)
     assert (second.mint_term(), second.mint_epoch("a")) == (3, 3)
+
+
+def test_what_was_launched_and_asked_for_is_remembered(tmp_path: Path) -> None:
+    first = StateFile(tmp_path)
+    assert [first.mint_launch(), first.mint_launch()] == [1, 2]
+    order = Launch("m-1", "m", "disk", True, None, (), "a shell is to wait")
+    first.record("m-1", "instance", os.getpid(), 2, order)
+    first.note_launch(replace(order, shell=False))
+    first.note_launch(replace(order, instance="m-9"))
+    first.note_asked("m", 3)
+    second = StateFile(tmp_path)
+    assert second.mint_launch() == 3
+    assert second.survivors()["m-1"].launch == replace(order, shell=False)
+    assert second.state.asked == {"m": 3} and "m-9" not in second.state.children
+    second.note_asked("m", None)
+    assert StateFile(tmp_path).state.asked == {}
 
 
 def test_what_an_earlier_serve_left_is_found_and_can_be_ended(tmp_path: Path, child: subprocess.Popen[bytes]) -> None:

@@ -82,6 +82,7 @@ async def run(site: Site) -> AsyncIterator[Callable[[], Supervisor]]:
 
     def begin() -> Supervisor:
         supervisor = site.supervisor()
+        supervisor.adopt()
         running.append((supervisor, asyncio.create_task(supervisor.run(site.children()))))
         return supervisor
 

@@ -22,13 +22,14 @@ import torch
 
 from ...batcher import Batch, Batcher, BatcherConfig, Emitted, RequestTooLong, Sampled, Sequence
 from ...core.latency import Coefficients, OnlineFit
+from ...core.launch import Phase as StartPhase
 from ...core.links import KvSource
 from ...core.weights import LoadWeights
 from ...errors import HyperFlexisError, ProtocolError
 from ...policy.catalog import StepFunctions
 from ...transfer.tcp import is_local
 from ...wire import Generate
-from ..base import STANDBY, Emission, Ending, EngineInfo, EngineReport, Linked, Loaded, Sink
+from ..base import STANDBY, Emission, Ending, EngineInfo, EngineReport, Linked, Loaded, PhaseOver, Sink
 from ..driver import finished, report_of, sequence_of
 from ..handoff import HandoffConfig, Handoffs
 from .handoff import TorchDevice
@@ -98,6 +99,7 @@ class TorchEngine:
         epoch: int = 0,
         linked: Linked | None = None,
         standby: bool = False,
+        phase_over: PhaseOver | None = None,
     ) -> EngineInfo:
         """Load the weights, unless in standby, measure a few iterations, and take requests from then on."""
         self._sink = sink
@@ -105,7 +107,12 @@ class TorchEngine:
         config = self._config
         loop = asyncio.get_running_loop()
         fleet = Fleet(config.weights_listen, config.kv_token, instance, epoch)
-        prior, digest = await loop.run_in_executor(self._thread, self._prepare, fleet)
+
+        def over(phase: StartPhase, seconds: float) -> None:
+            if phase_over is not None:
+                loop.call_soon_threadsafe(phase_over, phase, seconds)
+
+        prior, digest = await loop.run_in_executor(self._thread, self._prepare, fleet, over)
         self._runner = self._shell.runner
         model = self._runner.model
         self._vocab_size = model.config.vocab_size
@@ -138,6 +145,7 @@ class TorchEngine:
             kv_bytes_per_token=device.layout.num_layers * device.layout.token_bytes,
             weights_address=self._weights.address,
             weights_digest=digest,
+            weights_bytes=self._shell.num_bytes,
         )
 
     async def load(self, order: LoadWeights) -> Loaded:
@@ -218,10 +226,10 @@ class TorchEngine:
         self._thread.shutdown()
         self._packing.shutdown()
 
-    def _prepare(self, fleet: Fleet) -> tuple[Coefficients, str]:
+    def _prepare(self, fleet: Fleet, phase_over: PhaseOver) -> tuple[Coefficients, str]:
         """Memory, weights unless in standby, warm kernels. Returns how long iterations take, and the weights' digest if
         others can have them."""
-        config = self._config
+        config, began = self._config, self._clock()
         device = find_device(config.device)
         most = config.max_batch * (config.context_length or 1 << 20)
         shared = fleet.listen is not None and is_local(fleet.listen)
@@ -229,13 +237,19 @@ class TorchEngine:
             config.directory, device, config.dtype, config.kv_tokens, config.block_size, most, shared
         )
         self._weights = ShellWeights(shell, fleet)
+        allocated = read = self._clock()
+        phase_over("engine_init", allocated - began)
         if not self._standby:
             shell.read()
+            read = self._clock()
+            phase_over("weights", read - allocated)
         shell.pack()
         sizes = self._sizes(shell.runner)
         wanted = shapes(sizes.max_batch, sizes.max_batch_tokens, sizes.context_length, sizes.kv_capacity_tokens)
         prior = probe(shell.runner, wanted)
-        return prior, self._weights.publish() if fleet.listen is not None and not self._standby else ""
+        digest = self._weights.publish() if fleet.listen is not None and not self._standby else ""
+        phase_over("warm_up", self._clock() - read)
+        return prior, digest
 
     def _sizes(self, runner: Runner) -> BatcherConfig:
         config, model = self._config, runner.model
