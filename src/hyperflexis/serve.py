@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import assert_never
 
 from . import __version__, preflight, wire
-from .config import Fleet, Model, OpenAIArgs, Section, read_api_keys
+from .config import Fleet, Model, OpenAIArgs, Section, VllmArgs, read_api_keys
 from .controller import ControllerConfig
 from .core.events import GatewayJoined
 from .core.links import Split
@@ -141,13 +141,20 @@ def children(fleet: Fleet, state_dir: Path) -> list[Child]:
     sockets, controller = socket_dir(state_dir), controller_address(state_dir)
     # While observing, requests go round robin, as to the engines that observing stands in front of.
     policy = find_policy("round_robin" if fleet.observe else fleet.policy)
+    gpu = 0
     for name, model in fleet.models.items():
+        args = model.engine_args()
+        gpus = (args.gpus or 0) if isinstance(args, VllmArgs) else 0
         for index in range(model.num_instances):
             id = instance_id(name, index)
+            env = model.env
+            if gpus:
+                env = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpu, gpu + gpus))), **env}
+                gpu += gpus
             listen = f"unix:{sockets / f'instance-{len(found)}.sock'}"
             kv_listen = f"unix:{sockets / f'kv-{len(found)}.sock'}" if fleet.disaggregated else None
             command = _instance(model, index, id, name, listen, kv_listen, controller, policy)
-            found.append(Child(id, "instance", command, model.env))
+            found.append(Child(id, "instance", command, env))
     for index in range(fleet.gateways):
         found.append(Child(f"gateway-{index}", "gateway", _gateway(state_dir, index), {}))
     names = [child.name for child in found]
@@ -175,7 +182,7 @@ def _instance(
     if policy.chunk is not None:
         engine_args = engine_args.model_copy(update={"max_batch_tokens": policy.chunk})
     options = list(_options(engine_args))
-    if model.path is not None and model.engine == "torch":
+    if model.path is not None and (model.engine == "torch" or (model.engine == "vllm" and model.endpoints is None)):
         options += ["--model", model.path]
     if model.profile is not None:
         options += ["--profile", model.profile]
@@ -186,7 +193,7 @@ def _instance(
     if model.api_key_env is not None:
         options += ["--api-key-env", model.api_key_env]
     url = model.endpoints[index]
-    return lambda epoch: endpoint_command(id, epoch, name, url, listen, controller, step, options)
+    return lambda epoch: endpoint_command(id, epoch, name, model.engine, url, listen, controller, step, options)
 
 
 def _options(args: Section) -> Iterator[str]:

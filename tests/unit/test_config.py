@@ -86,7 +86,7 @@ REFUSED = {
     "wrong launcher": (ENDPOINTS + "launcher: {kind: local}\n", ["launcher local cannot serve models.a"]),
     "more instances than devices": (
         MODEL.replace("}", ", instances: {min: 3}}") + "devices: [{kind: cpu, count: 2}]\n",
-        ["3 instances on 2 devices"],
+        ["need 3 devices, of which there are 2"],
     ),
     "max below min": (MODEL.replace("}", ", instances: {min: 3, max: 2}}"), ["max (2) is less than min (3)"]),
     "not built: scaling": (
