@@ -123,14 +123,15 @@ class VllmEngine(OpenAIEngine):
     def report(self) -> EngineReport:
         """As told by the scheduler inside the server, else as seen from here. Raises HyperFlexisError once the server
         is gone."""
-        report = super().report()
-        told = self._reports.last
-        if told is None or self._clock() - self._reports.at > REPORT_LIVES_S:
+        report, told = super().report(), self._reports.last
+        if told is None:
             return report
-        levels = msgspec.structs.asdict(told) | {"latency": told.coefficients()}
-        # What the gateways sent and the server has not seen yet waits too.
-        levels["num_waiting"] = max(report.num_running + report.num_waiting - told.num_running, told.num_waiting)
-        return replace(report, **levels)
+        found = msgspec.structs.asdict(told) | {"latency": told.coefficients()}
+        # It tells nothing while nothing runs, and does not know of what is on its way to it.
+        if self._clock() - self._reports.at > REPORT_LIVES_S:
+            found |= {"num_running": report.num_running, "kv_used_tokens": report.kv_used_tokens}
+        found["num_waiting"] = max(report.num_running + report.num_waiting - found["num_running"], 0)
+        return replace(report, **found)
 
     async def stop(self) -> None:
         """End all streams with ``error``, and the server if it was started here."""
