@@ -79,18 +79,18 @@ class Driven:
         self.scheduled.append(dict(output.num_scheduled_tokens))
         return output
 
-    def commit(self, output: SchedulerOutput) -> Any:
+    def answer(self, output: SchedulerOutput) -> ModelRunnerOutput:
+        """What a model would have answered: the number of the token."""
         ids = list(output.num_scheduled_tokens)
         tokens = []
         for id in ids:
             request = self.scheduler.requests.get(id)
             tokens.append([] if request is None or request.is_prefill_chunk else [1 + len(request.output_token_ids)])
-        result = self.scheduler.update_from_output(
-            output,
-            ModelRunnerOutput(
-                req_ids=ids, req_id_to_index={id: i for i, id in enumerate(ids)}, sampled_token_ids=tokens
-            ),
-        )
+        places = {id: place for place, id in enumerate(ids)}
+        return ModelRunnerOutput(req_ids=ids, req_id_to_index=places, sampled_token_ids=tokens)
+
+    def commit(self, output: SchedulerOutput) -> Any:
+        result = self.scheduler.update_from_output(output, self.answer(output))
         for outputs in result.values():
             for one in outputs.outputs:
                 self.output[one.request_id] += one.new_token_ids

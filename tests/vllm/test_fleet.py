@@ -39,7 +39,8 @@ class Fleet:
             try:
                 words = (folder / "cmdline").read_bytes().split(b"\0")
                 pid = int(folder.name)
-                if str(self.model).encode() in words and b"-m" in words and os.getpgid(pid) == pid:
+                ours = b"vllm.entrypoints.openai.api_server" in words and str(self.model).encode() in words
+                if ours and os.getpgid(pid) == pid:
                     found.append(pid)
             except (OSError, ProcessLookupError):
                 continue
@@ -161,5 +162,5 @@ async def test_no_stream_fails_and_none_differs_when_a_server_is_killed(fleet: F
     disturbed = await asyncio.gather(*streams)
     assert [finish for _, finish in disturbed] == ["length"] * STREAMS
     assert disturbed == undisturbed
-    assert _metric(fleet.url, "hyperflexis_streams_resumed_total") > 0
+    assert _metric(fleet.url, "hyperflexis_redispatched_total") > 0
     await client.close()

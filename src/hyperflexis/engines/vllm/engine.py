@@ -39,6 +39,8 @@ LEAST_VERSION = (0, 10, 2)
 """The first that returns token ids."""
 MAX_BATCH, MAX_BATCH_TOKENS = 256, 2048
 """vLLM's own, where a server tells no others."""
+WARM_UP_TOKENS, WARM_UP_OUTPUT = 512, 16
+"""Of the requests with which a server is warmed up. Some of the ids in them are in any vocabulary."""
 REPORT_LIVES_S = 2.0
 """Older than this, what the scheduler told last says nothing any more."""
 _log = logging.getLogger(__name__)
@@ -118,7 +120,13 @@ class VllmEngine(OpenAIEngine):
             raise
         if ended is not None:
             ended.add_done_callback(self._server_gone)
-        return self._described(info)
+        info = self._described(info)
+        try:
+            await self._warm_up(min(WARM_UP_TOKENS, info.max_batch_tokens, info.context_length // 2))
+        except BaseException:
+            await self.stop()
+            raise
+        return info
 
     def report(self) -> EngineReport:
         """As told by the scheduler inside the server, else as seen from here. Raises HyperFlexisError once the server
@@ -168,6 +176,19 @@ class VllmEngine(OpenAIEngine):
                 f"vLLM {self._version} runs without our scheduler although it was asked for: is there another "
                 "--scheduler-cls among the arguments? Remove it, or set scheduler: vllm"
             )
+
+    async def _warm_up(self, num_tokens: int) -> None:
+        """The first prompt of a server is slow, which must not look as if it hung. What the next ones take tells the
+        fit where to begin."""
+        seconds = []
+        for number, output in enumerate((1, 1, 1 + WARM_UP_OUTPUT)):
+            prompt = [1 + (number + place * (number + 1)) % 97 for place in range(num_tokens)]
+            began = self._clock()
+            await self._one_token({"prompt": prompt, "max_tokens": output, "ignore_eos": True})
+            seconds.append(self._clock() - began)
+        _, prefill_s, whole_s = seconds
+        self._fit.observe(num_tokens, 0.5 * num_tokens**2, 0, 0, prefill_s)
+        self._fit.observe(0, 0.0, 1, num_tokens, (whole_s - prefill_s) / WARM_UP_OUTPUT)
 
     async def _find_version(self) -> str:
         """Raises HyperFlexisError for what is no vLLM, or one that cannot return token ids."""

@@ -198,12 +198,15 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is not there w
         for seq in done.finals:
             if self._seqs.get(seq.id) is not seq:
                 continue  # the first token was its last, or it was cancelled
+            request: Any = seq.payload
             queues.took_token(seq, now)
-            if seq.payload.status == RequestStatus.RUNNING:  # type: ignore[attr-defined]  # else it was preempted
+            if request.status == RequestStatus.RUNNING:  # else it was preempted meanwhile
                 queues.run(seq)
+                # A token may have come after a preemption, from the step before it.
+                queues.correct(seq, request.num_output_tokens)
         if done.uneven:
             for seq in list(queues.running):
-                request: Any = seq.payload
+                request = seq.payload
                 queues.correct(seq, request.num_output_tokens)
         counters = self._counters
         counters.iterations += 1
@@ -229,6 +232,8 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is not there w
             self._choose_victim(now)
         if not queues.waiting:
             return []
+        if not self._partial and len(running) >= self.max_num_active_reqs:
+            return []  # none can begin
         limits = StepLimits(
             self.max_num_active_reqs,
             self.max_num_scheduled_tokens,
@@ -239,7 +244,7 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is not there w
         for seq in plan.late:
             queues.waiting.give_up(seq)
         if not plan.prefills and len(running) == len(self._partial):
-            return list(queues.waiting)  # nothing would run: the books are wrong, and vLLM knows better
+            return list(queues.waiting)  # nothing would run: vLLM knows better
         allowed = self._allowed
         for id in self._partial:
             allowed[id] = 0
@@ -249,10 +254,14 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is not there w
         if len(self._offer) > len(queues.waiting) - len(self._partial):
             offered.extend(request for request in self._offer if request.request_id not in self._seqs)
         self._offer.offered = offered
-        return [seq for seq, _ in plan.prefills]
+        # A prompt whose last token is missing gets it in any case.
+        left_out = (seq for seq in self._partial.values() if not allowed[seq.id])
+        return [*(seq for seq, _ in plan.prefills), *left_out]
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """vLLM asks this of each request before it takes its blocks: where the plan's number of tokens gets in."""
+        if num_new_tokens == 1 and not self.num_prefill_lookahead:
+            return 1  # a decode: there are hundreds
         allowed = self._allowed.get(request.request_id, num_new_tokens)
         tokens: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, min(num_new_tokens, allowed))
         return tokens
