@@ -75,8 +75,8 @@ def fleet(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fle
         assert not [pid for pid in pids if Path(f"/proc/{pid}/cmdline").exists()], "servers outlived the fleet"
         assert not one.servers()
     finally:
-        serve.kill()
-        serve.wait()
+        serve.send_signal(signal.SIGTERM)  # killed, it would leave the fleet to the next serve
+        serve.wait(60)
 
 
 def _ready(log: Path, serve: subprocess.Popen[bytes]) -> str:
