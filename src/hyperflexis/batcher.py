@@ -8,8 +8,7 @@
     park(id), unpark(id)           a running request stands still while its KV leaves for another instance
     expect(seq), arrived(id, ...)  the same on the other side: blocks for KV that comes, and the request runs
 
-A *sequence* is a request here. It waits while prompt tokens are missing, runs while it decodes. A preempted one goes
-back to waiting with all of its tokens to compute again (what the prefix cache still has is found again). Sequences
+The queues are those of sequences.py. What the prefix cache still has of a preempted request is found again. Sequences
 move only between plan and commit of the driver, one iteration at a time.
 """
 
@@ -17,23 +16,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf
 from typing import Literal
 
 from .core.instance import RequestProgress
 from .core.latency import Coefficients, OnlineFit
-from .kv_blocks import BlockKey, KvBlocks, block_keys
-from .policy.running import Running
+from .kv_blocks import KvBlocks, block_keys
 from .policy.step import StepLimits, StepPolicy
-from .policy.waiting import Waiting
+from .sequences import Queues, Sequence
 
 PROGRESS_EVERY = 16
 """Decodes are reported once in this many tokens: in between, the controller extrapolates."""
-
-GOES_ON = 0.2
-"""Share of its output so far for which a request is expected to go on at least. On real lengths the error of what
-remains is within a sixth of what a survival curve learnt for each kind of request gives."""
 
 FinishReason = Literal["stop", "length"]
 
@@ -57,113 +51,6 @@ class BatcherConfig:
 
 class RequestTooLong(ValueError):
     """The request can never be served here; the message gives both sizes."""
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """One request's state. Times in seconds of the driver's clock, ``inf`` where nothing is due.
-
-    ``token_ids`` are prompt and output so far, or None where only sizes are known (then give ``keys``). With
-    ``hands_over`` another instance is sought when the last chunk of its prompt is planned. ``reported_before`` are
-    output tokens that another instance put out, and that are part of the prompt here. ``payload`` is the engine's own,
-    ``memo`` the step policy's, all else is changed by the Batcher alone. While it runs, its counts follow from the
-    clock of the running set, which all of them share."""
-
-    id: str
-    num_prompt_tokens: int
-    max_output_tokens: int
-    token_ids: list[int] | None = None
-    keys: SequenceOf[BlockKey] = ()
-    salt: str = ""
-    value: float = 1.0
-    first_due: float = inf
-    pace_limit_s: float = inf
-    last_due: float = inf
-    expected_output_tokens: float = 128.0
-    payload: object = None
-    hands_over: bool = False
-    reported_before: int = 0
-
-    memo: object = None
-    arrived_at: float = 0.0
-    cached_tokens: int = 0
-    blocks: list[int] = field(default_factory=list)
-    first_token_at: float | None = None
-    missed_first: bool = False
-    started: bool = False
-    finished: bool = False
-    published: int = 0
-    _computed: int = 0
-    _output: int = 0
-    _last_at: float = 0.0
-    _running: Running[Sequence] | None = None
-    _block_at: int = -1
-    _reported: int = 0
-
-    @property
-    def output_tokens(self) -> int:
-        """Tokens generated so far."""
-        running = self._running
-        return self._output if running is None else self._output + running.ticks
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt and output so far."""
-        return self.num_prompt_tokens + self.output_tokens
-
-    @property
-    def computed(self) -> int:
-        """Tokens whose KV is present or known to be reusable: all but the last of a running request."""
-        running = self._running
-        return self._computed if running is None else self.num_prompt_tokens + self._output + running.ticks - 1
-
-    @property
-    def remaining_prefill(self) -> int:
-        """Tokens to compute before the next one can be sampled."""
-        return self.num_prompt_tokens + self._output - self._computed if self._running is None else 1
-
-    @property
-    def expected_remaining(self) -> float:
-        """Output tokens still expected, at least 1. The longer a request already is, the longer it goes on past what
-        was expected of it."""
-        output = self.output_tokens
-        expected = max(self.expected_output_tokens - output, GOES_ON * output)
-        return max(min(expected, self.max_output_tokens - output), 1.0)
-
-    @property
-    def pace_s(self) -> float:
-        """Seconds allowed per output token. With an end-to-end deadline it changes with what is left."""
-        if self.last_due == inf or self.first_token_at is None:
-            return self.pace_limit_s
-        return min(self.pace_limit_s, max(self.last_due - self._last_token_at(), 1e-3) / self.expected_remaining)
-
-    @property
-    def next_due(self) -> float:
-        """When its next token is due."""
-        if self.first_token_at is None:
-            return self.first_due
-        if self.last_due < inf:
-            return self._last_token_at() + self.pace_s
-        return self.first_token_at + self.output_tokens * self.pace_limit_s
-
-    def _last_token_at(self) -> float:
-        return self._last_at if self._running is None else self._running.last_at
-
-    def _needs_block_at(self, tick: int) -> bool:
-        """True when it runs and its blocks are full; False for what was noted before it was preempted."""
-        return self._running is not None and self._block_at == tick
-
-    def _join(self, running: Running[Sequence]) -> None:
-        """Follow the clock of ``running`` from the token on that came at ``running.last_at``."""
-        self._output -= running.ticks
-        self._running = running
-
-    def _leave(self) -> None:
-        """Keep the counts as they are now."""
-        running = self._running
-        if running is not None:
-            self._computed, self._output, self._last_at = self.computed, self.output_tokens, running.last_at
-            self._running = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,8 +132,8 @@ class Batcher:
         self.kv = KvBlocks(config.num_blocks, config.block_size)
         self._step = step
         self._victim = victim
-        self._waiting: Waiting[Sequence] = Waiting()
-        self._running: Running[Sequence] = Running()
+        self._queues = queues = Queues()
+        self._waiting, self._running = queues.waiting, queues.running
         self._decodes: tuple[Sequence, ...] | None = ()
         self._needs_block: dict[int, list[Sequence]] = {}
         self._moved: dict[str, Sequence] = {}
@@ -285,8 +172,7 @@ class Batcher:
         ValueError for an id already here. An output limit beyond the context is cut to it.
         """
         self._enter(seq, now)
-        seq._computed = self._reusable(seq)
-        self._waiting.add(seq, fresh=True)
+        self._queues.add(seq, now, self._reusable(seq))
 
     def cancel(self, request_id: str) -> Sequence | None:
         """Remove a request; returns it, or None when it is not here (any more)."""
@@ -542,11 +428,7 @@ class Batcher:
             self._publish(seq)
             if token is not None:
                 self.counters.output_tokens += 1
-                seq._output += 1
-                seq._last_at = now
-                if seq.first_token_at is None:
-                    seq.first_token_at = now
-                    seq.missed_first = now > seq.first_due
+                self._queues.took_token(seq, now)
                 emitted.append(self._take_token(seq, token))
                 self._run(seq)
         return emitted
@@ -563,9 +445,7 @@ class Batcher:
 
     def _run(self, seq: Sequence) -> None:
         """A waiting request becomes a running one."""
-        self._waiting.pop(seq.id)
-        seq._join(self._running)
-        self._running.add(seq)
+        self._queues.run(seq)
         self._decodes = None
         self._await_block(seq)
 
@@ -581,8 +461,7 @@ class Batcher:
         seq.blocks = []
 
     def _stop_running(self, seq: Sequence) -> None:
-        if self._running.pop(seq.id, seq.computed) is not None:
-            seq._leave()
+        if self._queues.stop(seq):
             self._decodes = None
 
     def _all_decodes(self) -> tuple[Sequence, ...]:

@@ -92,8 +92,10 @@ def _instance_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "One engine serving one copy of a model. `serve` starts these; by hand it is for experiments."
     add = parser.add_argument
     add("--engine", choices=sorted(ENGINE_ARGS), default="torch", help="what computes (default: %(default)s)")
-    add("--model", type=Path, metavar="DIR", help="model directory, for engine torch")
-    add("--url", metavar="URL", help="base URL of a running server, for engine openai")
+    add(
+        "--model", type=Path, metavar="DIR", help="model directory, for engine torch, and for vllm to start a server of"
+    )
+    add("--url", metavar="URL", help="base URL of a running server, for engines openai and vllm")
     add("--api-key-env", metavar="VARIABLE", help="environment variable with that server's key")
     add(
         "--profile", metavar="NAME|FILE", help="latency profile: what engine emulated keeps to, elsewhere a first guess"

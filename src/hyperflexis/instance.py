@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import socket
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from .config import ENGINE_ARGS, EmulatedArgs, Engine, OpenAIArgs, Section, TorchArgs
+from .config import ENGINE_ARGS, EmulatedArgs, Engine, OpenAIArgs, Section, TorchArgs, VllmArgs
 from .core.instance import TOPOLOGY
 from .engines import base
 from .engines.host import InstanceIdentity, run_instance
@@ -78,6 +80,8 @@ def build(args: argparse.Namespace, token: str) -> base.Engine:
             return _emulated(args, options, step, token)
         case OpenAIArgs() as options:
             return _openai(args, options)
+        case VllmArgs() as options:
+            return _vllm(args, options, step)
         case options:
             raise AssertionError(f"no engine takes {options!r}")
 
@@ -145,11 +149,56 @@ def _emulated(args: argparse.Namespace, options: EmulatedArgs, step: StepFunctio
 def _openai(args: argparse.Namespace, options: OpenAIArgs) -> base.Engine:
     from .engines.openai import OpenAIConfig, OpenAIEngine
 
-    if args.kv_listen is not None:
-        raise HyperFlexisError("--kv-listen is for the engines that have KV to give: torch and emulated")
+    _gives_no_kv(args)
     if args.url is None or args.name is None:
         raise HyperFlexisError("engine openai needs --url URL of a running server and --name MODEL")
     profile = None if args.profile is None else load_profile(args.profile)
     return OpenAIEngine(
         OpenAIConfig(args.name, args.url, api_key_env=args.api_key_env, profile=profile, **options.model_dump())
     )
+
+
+def _vllm(args: argparse.Namespace, options: VllmArgs, step: StepFunctions) -> base.Engine:
+    from .engines.vllm.engine import VllmConfig, VllmEngine
+    from .engines.vllm.server import Recipe
+
+    _gives_no_kv(args)
+    if (args.url is None) == (args.model is None):
+        raise HyperFlexisError("engine vllm needs --url URL of a running server, or --model DIR to start one")
+    directory: Path | None = args.model
+    name = args.name or (directory.resolve().name if directory is not None else None)
+    if name is None:
+        raise HyperFlexisError("engine vllm with --url needs --name MODEL")
+    recipe = None
+    if directory is not None:
+        try:
+            arguments = tuple(shlex.split(options.arguments))
+        except ValueError as error:
+            raise HyperFlexisError(f"--arguments {options.arguments!r}: {error}; quote it as in a shell") from error
+        recipe = Recipe(
+            name=name,
+            directory=directory,
+            python=options.python or sys.executable,
+            scheduler=options.scheduler == "hyperflexis",
+            max_batch=options.max_batch,
+            max_batch_tokens=options.max_batch_tokens,
+            arguments=arguments,
+        )
+    values = options.model_dump(exclude={"arguments", "scheduler", "python", "gpus"})
+    profile = None if args.profile is None else load_profile(args.profile)
+    return VllmEngine(
+        VllmConfig(
+            name,
+            args.url or "",
+            api_key_env=args.api_key_env,
+            profile=profile,
+            step=step.plan,
+            recipe=recipe,
+            **values,
+        )
+    )
+
+
+def _gives_no_kv(args: argparse.Namespace) -> None:
+    if args.kv_listen is not None:
+        raise HyperFlexisError("--kv-listen is for the engines that have KV to give: torch and emulated")

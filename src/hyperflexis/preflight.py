@@ -47,7 +47,8 @@ def check_models(fleet: Fleet) -> None:
     """Every model directory that the fleet names has what its engine reads."""
     for name, model in fleet.models.items():
         if model.path is not None:
-            _check_model(f"models.{name}.path", Path(model.path), needs_weights=model.engine == "torch")
+            computes = model.engine in ("torch", "vllm") and model.endpoints is None
+            _check_model(f"models.{name}.path", Path(model.path), needs_weights=computes)
 
 
 def _check_model(key: str, path: Path, needs_weights: bool) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import assert_never
 
 from . import __version__, preflight, wire
-from .config import EmulatedArgs, Fleet, Model, OpenAIArgs, Section, TorchArgs, read_api_keys
+from .config import EmulatedArgs, Fleet, Model, OpenAIArgs, Section, TorchArgs, VllmArgs, read_api_keys
 from .controller import ControllerConfig
 from .core.effects import Launch
 from .core.events import GatewayJoined
@@ -215,11 +215,18 @@ def children(fleet: Fleet, state_dir: Path) -> list[Child]:
     """All processes of the fleet but those that are launched and stopped by need. Raises ConfigError when two would
     have one name."""
     found = [Child("controller", "controller", lambda term: own_command("_controller", str(state_dir), str(term)), {})]
+    gpu = 0
     for name, model in fleet.models.items():
+        args = model.engine_args()
+        gpus = (args.gpus or 0) if isinstance(args, VllmArgs) else 0
         for index in range(0 if model.instances.scaled else model.num_instances):
             id = instance_id(name, index)
+            env = model.env
+            if gpus:
+                env = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpu, gpu + gpus))), **env}
+                gpu += gpus
             command = _instance(fleet, state_dir, name, id, f"{len(found)}", index=index)
-            found.append(Child(id, "instance", command, model.env))
+            found.append(Child(id, "instance", command, env))
     for index in range(fleet.gateways):
         found.append(Child(f"gateway-{index}", "gateway", _gateway(state_dir, index), {}))
     names = [child.name for child in found]
@@ -252,7 +259,7 @@ def _instance(
         engine_args = engine_args.model_copy(update={"max_batch_tokens": policy.chunk})
     listen = f"unix:{sockets / f'i-{key}.sock'}"
     options = [*_options(engine_args), "--reclaim-s", f"{fleet.limits.reclaim_s:g}"]
-    if model.path is not None and model.engine == "torch":
+    if model.path is not None and (model.engine == "torch" or (model.engine == "vllm" and model.endpoints is None)):
         options += ["--model", model.path]
     if model.profile is not None:
         options += ["--profile", model.profile]
@@ -267,7 +274,7 @@ def _instance(
     if model.api_key_env is not None:
         options += ["--api-key-env", model.api_key_env]
     url = model.endpoints[index]
-    return lambda epoch: endpoint_command(id, epoch, name, url, listen, controller, step, options)
+    return lambda epoch: endpoint_command(id, epoch, name, model.engine, url, listen, controller, step, options)
 
 
 def _options(args: Section) -> Iterator[str]:

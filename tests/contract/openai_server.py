@@ -16,7 +16,8 @@ CONTEXT = 512
 
 
 class OpenAIServer:
-    """Serves model ``served`` at ``url`` once started. ``token_ids`` makes it speak them, as vLLM does."""
+    """Serves model ``served`` at ``url`` once started. ``token_ids`` makes it speak them, as vLLM does; with a
+    ``version`` it is one, and ``inside`` is what a scheduler in it tells."""
 
     def __init__(self, token_ids: bool) -> None:
         self.token_ids = token_ids
@@ -30,11 +31,14 @@ class OpenAIServer:
         self.finish_reason: str | None = "length"
         self.cut_after: int | None = None
         self.garbage: bytes | None = None
+        self.version: str | None = None
+        self.inside: dict[str, Any] | None = None
         self._seen: dict[tuple[int, ...], int] = {}
         app = web.Application(client_max_size=1 << 24)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/version", self._version)
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_post("/v1/chat/completions", self._chat)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
@@ -60,6 +64,9 @@ class OpenAIServer:
         return web.Response(
             text='vllm:cache_config_info{block_size="16",cache_dtype="auto",num_gpu_blocks="128"} 1.0\n'
         )
+
+    async def _version(self, request: web.Request) -> web.Response:
+        return web.json_response({"version": self.version}, status=404 if self.version is None else 200)
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -97,7 +104,8 @@ class OpenAIServer:
         self._seen[tuple(prompt)] = len(prompt) // 16 * 16
         if not body.get("stream"):
             choice = {"text": "!", "token_ids": [33] if self.token_ids else None, "finish_reason": "length"}
-            return web.json_response({"choices": [choice]})
+            parameters = {"hyperflexis": self.inside} if "hfx_probe" in body.get("vllm_xargs", {}) else None
+            return web.json_response({"choices": [choice], "kv_transfer_params": parameters})
         out = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await out.prepare(request)
         for number in range(1, limit + 1):

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from hyperflexis.batcher import Batcher, BatcherConfig, Counters, Sampled, Sequence
+from hyperflexis.batcher import Batcher, BatcherConfig, Counters, Sampled
 from hyperflexis.core.latency import Coefficients, OnlineFit
 from hyperflexis.engines.torch.loader import load
 from hyperflexis.engines.torch.runner import Runner, Stream
 from hyperflexis.policy.catalog import STEPS, StepFunctions
+from hyperflexis.sequences import Sequence
 from hyperflexis.wire import Sampling
 
 transformers = pytest.importorskip("transformers", reason="compares with Hugging Face transformers")

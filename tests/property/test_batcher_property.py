@@ -9,9 +9,10 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from hyperflexis.batcher import Batch, Batcher, BatcherConfig, RequestTooLong, Sampled, Sequence
+from hyperflexis.batcher import Batch, Batcher, BatcherConfig, RequestTooLong, Sampled
 from hyperflexis.core.latency import Coefficients, OnlineFit
 from hyperflexis.policy.catalog import STEPS
+from hyperflexis.sequences import Sequence
 
 NOTHING = object()
 

@@ -11,8 +11,9 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from tests.property.test_batcher_property import SPEEDS, Run, draw_request
 
-from hyperflexis.batcher import BatcherConfig, Sequence
+from hyperflexis.batcher import BatcherConfig
 from hyperflexis.core.latency import Coefficients
+from hyperflexis.sequences import Sequence
 
 
 class Pair:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import given, note
 from hypothesis import strategies as st
 
-from hyperflexis.batcher import Sequence
 from hyperflexis.core.lengths import LengthModel
 from hyperflexis.core.request import Request
 from hyperflexis.core.slo import Slo
+from hyperflexis.sequences import Sequence
 
 requests = st.builds(
     lambda tenant, slo_class, prompt, limit: Request("r", "m", tenant, slo_class, Slo(), 1.0, prompt, limit),

@@ -25,18 +25,30 @@ ARROWS: dict[str, set[str]] = {
     "disaggregation": {"policy", "core"},
     "loading": {"policy", "core"},
     "controller": {"scaling", "disaggregation", "loading", "policy", "core"},
-    "batcher": {"policy", "core", "kv_blocks"},
-    "sim": {"controller", "batcher", "policy", "core"},
+    "sequences": {"policy", "core", "kv_blocks"},
+    "batcher": {"sequences", "policy", "core", "kv_blocks"},
+    "sim": {"controller", "batcher", "sequences", "policy", "core"},
     "runtime": {"controller", "core", "wire", "metrics", "fd_limit"},
     "gateway": {"core", "openai_api", "wire", "metrics", "fd_limit"},
-    "engines": {"batcher", "policy", "core", "openai_api", "wire", "metrics", "transfer", "fd_limit"},
+    "engines": {"batcher", "sequences", "policy", "core", "openai_api", "wire", "metrics", "transfer", "fd_limit"},
     "launch": {"core", "wire", "metrics"},
     "telemetry": {"core", "metrics"},
 }
 """A part of the package and the parts it may import besides itself and errors. What is not listed is a command: it may
 import everything, and nothing here may import it."""
 
-PURE = {"core", "policy", "scaling", "disaggregation", "loading", "controller", "batcher", "kv_blocks", "sim"}
+PURE = {
+    "core",
+    "policy",
+    "scaling",
+    "disaggregation",
+    "loading",
+    "controller",
+    "batcher",
+    "sequences",
+    "kv_blocks",
+    "sim",
+}
 IMPURE_MODULES = {
     "asyncio",
     "concurrent",
@@ -104,12 +116,13 @@ def test_the_fleet_file_is_read_by_commands_only() -> None:
             assert not own_parts(file) & CONFIG
 
 
-def test_all_but_our_own_engine_and_its_models_imports_without_torch() -> None:
+def test_all_but_what_is_inside_an_engine_imports_without_torch() -> None:
     modules = [
         ".".join(("hyperflexis", *file.relative_to(SOURCE).with_suffix("").parts))
         for file in FILES
         if file.name not in ("__init__.py", "__main__.py", "make_model.py")
         and "torch" not in file.relative_to(SOURCE).parts
+        and file != SOURCE / "engines" / "vllm" / "scheduler.py"
     ]
     program = f"""
 import importlib, sys

@@ -4,9 +4,10 @@ from math import inf
 
 import pytest
 
-from hyperflexis.batcher import Batcher, BatcherConfig, RequestTooLong, Sampled, Sequence
+from hyperflexis.batcher import Batcher, BatcherConfig, RequestTooLong, Sampled
 from hyperflexis.core.latency import Coefficients, OnlineFit
 from hyperflexis.policy.catalog import STEPS
+from hyperflexis.sequences import Sequence
 
 LATENCY = Coefficients(0.01, 1e-4, 0.0, 1e-3, 0.0)
 

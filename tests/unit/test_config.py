@@ -88,7 +88,7 @@ REFUSED = {
     "wrong launcher": (ENDPOINTS + "launcher: {kind: local}\n", ["launcher local cannot serve models.a"]),
     "more instances than devices": (
         MODEL.replace("}", ", instances: {min: 3}}") + "devices: [{kind: cpu, count: 2}]\n",
-        ["3 instances on 2 devices"],
+        ["need 3 devices, of which there are 2"],
     ),
     "max below min": (
         MODEL.replace("}", ", instances: {min: 3, max: 2}}"),
@@ -100,7 +100,11 @@ REFUSED = {
     ),
     "servers that are scaled": (
         ENDPOINTS.replace("]}", "], instances: {max: 4}}"),
-        ["fleet.yaml:1: models.a", "instances.max and standby are for what is started here"],
+        ["fleet.yaml:1: models.a", "instances.max and standby are for engines torch and emulated"],
+    ),
+    "vLLM that is scaled": (
+        "model: {name: a, engine: vllm, path: m, instances: {max: 3}}",
+        ["instances.max and standby are for engines torch and emulated", "not vllm"],
     ),
     "observing what is scaled": (
         MODEL.replace("}", ", mode: observe, instances: {standby: 1}}"),

@@ -9,6 +9,7 @@ from .fleet import (
     OpenAIArgs,
     Section,
     TorchArgs,
+    VllmArgs,
     read_api_keys,
     read_fleet,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "OpenAIArgs",
     "Section",
     "TorchArgs",
+    "VllmArgs",
     "read_api_keys",
     "read_fleet",
 ]

@@ -136,17 +136,51 @@ class OpenAIArgs(Section):
     """How long to wait for a server that is still loading."""
 
 
-Engine = Literal["torch", "emulated", "openai"]
-ENGINE_ARGS: dict[Engine, type[Section]] = {"torch": TorchArgs, "emulated": EmulatedArgs, "openai": OpenAIArgs}
+class VllmArgs(Section):
+    """`models.NAME.args` with `vllm`: how its servers are started, or what is known of those that run."""
+
+    arguments: str = ""
+    """Arguments of `vllm serve`, as one line; quoted as in a shell. They win over what is set here."""
+    scheduler: Literal["hyperflexis", "vllm"] = "hyperflexis"
+    """For servers that are started here: `hyperflexis` schedules inside vLLM, which needs HyperFlexis installed beside
+    vLLM; `vllm` leaves it its own. Servers that run are asked which they have."""
+    python: str | None = None
+    """The interpreter of the environment that has vLLM, when that is not this one."""
+    gpus: Count | None = None
+    """GPUs of each instance: sets CUDA_VISIBLE_DEVICES, instance after instance; with
+    `--tensor-parallel-size` among the arguments, as many."""
+    server_model: str | None = None
+    """The model's name at servers that run; when absent the same name, or the only one that the server lists."""
+    max_batch: Count | None = None
+    """Most requests at once: `--max-num-seqs`, which servers that run are taken to have been started with."""
+    max_batch_tokens: Count | None = None
+    """Most tokens of one iteration: `--max-num-batched-tokens`, likewise."""
+    context_length: Count | None = None
+    """Longest prompt and output together; what the server says when absent."""
+    kv_tokens: Count | None = None
+    """Context tokens that a server's KV cache holds; what the server says when absent."""
+    start_limit_s: Seconds = 1800.0
+    """How long to wait for a server that is still loading."""
+
+
+Engine = Literal["torch", "emulated", "openai", "vllm"]
+ENGINE_ARGS: dict[Engine, type[Section]] = {
+    "torch": TorchArgs,
+    "emulated": EmulatedArgs,
+    "openai": OpenAIArgs,
+    "vllm": VllmArgs,
+}
 
 
 class Model(Section):
     """`models.NAME`: one served model and its instances."""
 
     path: str | None = None
-    """A Hugging Face model directory. `torch` reads weights and tokenizer from it, the others only the tokenizer."""
+    """A Hugging Face model directory. `torch`, and `vllm` without endpoints, read weights and tokenizer from it, the
+    others only the tokenizer."""
     engine: Engine
-    """`torch` computes here; `emulated` keeps the times of a profile; `openai` stands for servers that already run."""
+    """`torch` computes here; `emulated` keeps the times of a profile; `openai` stands for servers that already run;
+    `vllm` for vLLM servers, which it starts where there are no endpoints."""
     args: dict[str, bool | int | float | str | None] = {}
     """The engine's own options, listed below by engine."""
     env: dict[str, str] = {}
@@ -165,7 +199,7 @@ class Model(Section):
     """With `mode: disaggregated`: `adaptive`, the default, turns instances to prompts alone and back as the load asks
     for it; `static` keeps what they begin as, and where `prefill` is given the other instances decode alone."""
     endpoints: Annotated[list[str], Field(min_length=1, max_length=1024)] | None = None
-    """Base URLs of OpenAI-compatible servers, without `/v1`; for `engine: openai`, which needs them."""
+    """Base URLs of servers that run, without `/v1`; `engine: openai` needs them, `engine: vllm` may have them."""
     api_key_env: str | None = None
     """The environment variable with the key that these servers want."""
 
@@ -182,19 +216,23 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _fits_engine(self) -> Self:
-        if self.engine == "openai":
-            if self.endpoints is None:
-                raise ValueError("engine openai needs endpoints: list the base URLs of its servers")
-            if "min" in self.instances.model_fields_set and self.instances.min != len(self.endpoints):
-                raise ValueError(
-                    f"instances.min is {self.instances.min} for {len(self.endpoints)} endpoints: remove it"
-                )
-            if self.instances.scaled:
-                raise ValueError(
-                    "instances.max and standby are for what is started here: remove them, or list endpoints"
-                )
-        elif self.endpoints is not None or self.api_key_env is not None:
-            raise ValueError(f"endpoints and api_key_env belong to engine openai, not {self.engine}")
+        if self.engine == "openai" and self.endpoints is None:
+            raise ValueError("engine openai needs endpoints: list the base URLs of its servers")
+        if self.engine not in ("openai", "vllm") and (self.endpoints is not None or self.api_key_env is not None):
+            raise ValueError(f"endpoints and api_key_env belong to engines openai and vllm, not {self.engine}")
+        given = self.instances.model_fields_set
+        if self.endpoints is not None and "min" in given and self.instances.min != len(self.endpoints):
+            raise ValueError(f"instances.min is {self.instances.min} for {len(self.endpoints)} endpoints: remove it")
+        if self.instances.scaled and self.engine in ("openai", "vllm"):
+            raise ValueError(
+                f"instances.max and standby are for engines torch and emulated, not {self.engine}: remove them"
+            )
+        if self.engine == "vllm" and self.path is None:
+            raise ValueError("engine vllm needs path, a model directory; with endpoints its tokenizer.json is enough")
+        if self.engine == "vllm" and self.endpoints is not None:
+            for key in ("arguments", "scheduler", "python", "gpus"):
+                if key in self.args:
+                    raise ValueError(f"args.{key} is for servers that are started here: remove it, or endpoints")
         if self.engine == "openai" and self.path is None and self.args.get("token_ids"):
             raise ValueError("args.token_ids needs path, a directory with the model's tokenizer.json")
         if self.engine == "torch" and self.path is None:
@@ -212,8 +250,10 @@ class Model(Section):
                 if getattr(self, key) is not None:
                     raise ValueError(f"{key} is for mode disaggregated, not {self.mode}: remove it, or set that mode")
             return self
-        if self.engine == "openai":
-            raise ValueError("mode disaggregated: servers of engine openai give no KV away: use colocated or observe")
+        if self.engine in ("openai", "vllm"):
+            raise ValueError(
+                f"mode disaggregated: servers of engine {self.engine} give no KV away: use colocated or observe"
+            )
         if self.num_instances < 2:
             raise ValueError("mode disaggregated needs two instances: set instances.min to 2 or more")
         if self.prefill is not None and self.prefill >= self.num_instances:
@@ -227,6 +267,12 @@ class Model(Section):
     def num_instances(self) -> int:
         """Instances to keep running; the fewest where they come and go."""
         return len(self.endpoints) if self.endpoints is not None else self.instances.min
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of this machine that its instances need."""
+        gpus = self.args.get("gpus") or 1
+        return 0 if self.endpoints is not None else self.num_instances * int(gpus)
 
     def engine_args(self) -> Section:
         """``args`` with the engine's defaults."""
@@ -431,14 +477,15 @@ class Fleet(Section):
                 raise ValueError(f"{key} differs between models: give each the same {what}, or a fleet of its own")
         if self.launcher is not None:
             for name, model in self.models.items():
-                if (self.launcher.kind == "static") != (model.engine == "openai"):
+                if (self.launcher.kind == "static") != (model.endpoints is not None):
                     raise ValueError(
                         f"launcher {self.launcher.kind} cannot serve models.{name} with engine {model.engine}: "
                         "remove launcher, which is then chosen by engine"
                     )
-        local = sum(model.num_instances for model in self.models.values() if model.engine != "openai")
+        local = sum(model.num_devices for model in self.models.values())
         if self.devices is not None and local > sum(device.count for device in self.devices):
-            raise ValueError(f"{local} instances on {sum(d.count for d in self.devices)} devices: lower instances.min")
+            there = sum(device.count for device in self.devices)
+            raise ValueError(f"the instances need {local} devices, of which there are {there}: lower instances.min")
         return self
 
     @property

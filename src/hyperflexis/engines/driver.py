@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from math import inf
 
-from ..batcher import Batcher, Sequence
+from ..batcher import Batcher
+from ..sequences import Sequence
 from ..wire import Generate, unpack_ids
 from .base import Emission, EngineReport
 

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from ..batcher import Batch, Batcher, BatcherConfig, Emitted, RequestTooLong, Sampled, Sequence
+from ..batcher import Batch, Batcher, BatcherConfig, Emitted, RequestTooLong, Sampled
 from ..core.latency import Coefficients, OnlineFit
 from ..core.launch import Phase as StartPhase
 from ..core.links import BYTES_PER_S, LATENCY_S, KvSource, Link
@@ -29,6 +29,7 @@ from ..core.profile import Profile
 from ..core.weights import Attempt, LoadWeights, Path
 from ..errors import HyperFlexisError, ProtocolError
 from ..policy.catalog import StepFunctions
+from ..sequences import Sequence
 from ..transfer.kv import Give, Take
 from ..wire import Generate, Sampling, TokenLogprob, pack_ids
 from .base import STANDBY, Emission, Ending, EngineInfo, EngineReport, Linked, Loaded, PhaseOver, Sink

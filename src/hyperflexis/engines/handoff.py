@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, assert_never
 
-from ..batcher import Batch, Batcher, RequestTooLong, Sequence
+from ..batcher import Batch, Batcher, RequestTooLong
 from ..core.links import KvSource, Link
 from ..core.transfer import SourceState
 from ..errors import HyperFlexisError, ProtocolError
+from ..sequences import Sequence
 from ..transfer.kv import Failed, Give, Incoming, NeedsRoom, News, Offered, Open, Outgoing, Take, digest_of
 from ..transfer.links import VERSION, Hello, KvLinks, Layout
 from ..transfer.server import KvServer

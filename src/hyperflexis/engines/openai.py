@@ -87,12 +87,16 @@ _CACHE = re.compile(r'vllm:cache_config_info\{[^}]*\bblock_size="(\d+)"[^}]*\bnu
 
 
 @dataclass(slots=True, eq=False)
-class _Stream:
+class ServerStream:
+    """One request: ``body`` goes to ``path`` when it is sent. Times in seconds of the engine's clock."""
+
     key: object
-    id: str
-    sent_at: float
+    request: Generate
+    path: str
+    body: dict[str, Any]
     num_prompt_tokens: int
     num_output_tokens: int = 0
+    sent_at: float = 0.0
     cached_tokens: int = 0
     alone: bool = False
     decodes_before: int = 0
@@ -107,7 +111,7 @@ class _Stream:
 class _Window:
     """What happened over some iterations of the server, told by the tokens of one stream. Sums over iterations."""
 
-    lead: _Stream
+    lead: ServerStream
     began_at: float
     iterations: int = 0
     prefill_tokens: int = 0
@@ -138,7 +142,7 @@ class OpenAIEngine:
         # A prior made for another server is worth one observation.
         self._fit = OnlineFit(prior, prior_strength=1.0)
         self._counters = _Counters()
-        self._streams: dict[object, _Stream] = {}
+        self._streams: dict[object, ServerStream] = {}
         self._pending: dict[object, Emission] = {}
         self._window: _Window | None = None
         self._busy_since: float | None = None
@@ -224,21 +228,28 @@ class OpenAIEngine:
         except (ProtocolError, msgspec.DecodeError) as error:
             self._sink([Emission(key, [], finish="invalid", message=f"the request's body cannot be sent on: {error}")])
             return
-        now = self._clock()
-        running = [stream for stream in self._streams.values() if stream.first_at is not None]
         num_prompt_tokens = len(request.token_ids) // 4 or len(request.body) // BYTES_PER_TOKEN
-        stream = _Stream(key, request.request_id, now, num_prompt_tokens)
+        if not self._streams:
+            self._busy_since = self._clock()
+        stream = self._streams[key] = ServerStream(key, request, path, body, num_prompt_tokens)
+        self._admit(stream)
+
+    def _admit(self, stream: ServerStream) -> None:
+        """Send a new request at once. Where the order is ours, it waits here for its turn."""
+        self._send(stream)
+
+    def _send(self, stream: ServerStream) -> None:
+        sent = [one for one in self._streams.values() if one.task is not None]
+        running = [one for one in sent if one.first_at is not None]
+        stream.sent_at = self._clock()
         # A prefill is timed only when no other shares it.
-        stream.alone = len(running) == len(self._streams)
+        stream.alone = len(running) == len(sent)
         stream.decodes_before = len(running)
         stream.kv_before = sum(one.num_prompt_tokens + one.num_output_tokens for one in running)
-        for other in self._streams.values():
+        for other in sent:
             if other.first_at is None:
                 other.alone = False
-        if not self._streams:
-            self._busy_since = now
-        self._streams[key] = stream
-        stream.task = self._loop.create_task(self._serve(stream, path, body))
+        stream.task = self._loop.create_task(self._serve(stream, stream.path, msgspec.json.encode(stream.body)))
 
     def cancel(self, key: object) -> None:
         """Close the request's connection, by which the server learns of it."""
@@ -260,7 +271,9 @@ class OpenAIEngine:
         for stream in running:
             if stream.moved:
                 stream.moved = False
-                progress.append(RequestProgress(stream.id, stream.num_prompt_tokens, stream.num_output_tokens))
+                progress.append(
+                    RequestProgress(stream.request.request_id, stream.num_prompt_tokens, stream.num_output_tokens)
+                )
         return EngineReport(
             num_running=len(running),
             num_waiting=len(self._streams) - len(running),
@@ -351,15 +364,20 @@ class OpenAIEngine:
 
     async def _check_token_ids(self) -> None:
         """One token is worth knowing before the first client's request whether ids come back."""
-        request = {"model": self._model, "prompt": [1], "max_tokens": 1, "return_token_ids": True}
+        choices = EVENT.decode(await self._one_token({})).choices
+        if not choices or choices[0].token_ids is None:
+            raise HyperFlexisError(f"{self._url} returns no token ids (vLLM 0.10.2 or later does); leave token_ids out")
+
+    async def _one_token(self, more: dict[str, Any]) -> bytes:
+        """The answer to a request for one token with ``more`` fields; an empty one where the server fails."""
+        request = {"model": self._model, "prompt": [1], "max_tokens": 1, "return_token_ids": True} | more
         url, limit = f"{self._url}/v1/completions", aiohttp.ClientTimeout(total=FIRST_TOKEN_LIMIT_S)
         try:
             async with self._probes.post(url, json=request, timeout=limit) as answer:
-                choices = EVENT.decode(await answer.read()).choices if answer.status == 200 else []
-        except (aiohttp.ClientError, TimeoutError, OSError, msgspec.DecodeError):
-            choices = []
-        if not choices or choices[0].token_ids is None:
-            raise HyperFlexisError(f"{self._url} returns no token ids (vLLM 0.10.2 or later does); leave token_ids out")
+                body = await answer.read()
+                return body if answer.status == 200 and body.startswith(b"{") else b"{}"
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return b"{}"
 
     async def _find_kv_tokens(self) -> int | None:
         """Context tokens of the KV cache, where the server is a vLLM that tells."""
@@ -393,10 +411,10 @@ class OpenAIEngine:
                 self._failure = f"{self._url} does not answer: {reason}"
                 self._end_all(self._failure)
 
-    def _request(self, request: Generate) -> tuple[str, bytes]:
-        """Path and JSON to send."""
+    def _request(self, request: Generate) -> tuple[str, dict[str, Any]]:
+        """Path and body to send."""
         if self._config.token_ids:
-            return "/v1/completions", msgspec.json.encode(self._ids_body(request))
+            return "/v1/completions", self._ids_body(request)
         body: dict[str, Any] = dict(_BODY.decode(request.body))
         for name in _OURS:
             body.pop(name, None)
@@ -404,7 +422,7 @@ class OpenAIEngine:
         if request.sampling.seed is not None:
             body["seed"] = request.sampling.seed  # each choice has its own
         path = "/v1/chat/completions" if request.kind == "chat" else "/v1/completions"
-        return path, msgspec.json.encode(body)
+        return path, body
 
     def _ids_body(self, request: Generate) -> dict[str, Any]:
         sampling = request.sampling
@@ -430,7 +448,7 @@ class OpenAIEngine:
             body |= {"logprobs": sampling.logprobs, "return_tokens_as_token_ids": True}
         return body
 
-    async def _serve(self, stream: _Stream, path: str, body: bytes) -> None:
+    async def _serve(self, stream: ServerStream, path: str, body: bytes) -> None:
         """One request, from the connection to its end."""
         headers = {"Content-Type": "application/json"}
         try:
@@ -451,7 +469,7 @@ class OpenAIEngine:
         finally:
             self._flush()
 
-    async def _read(self, stream: _Stream, content: aiohttp.StreamReader) -> None:
+    async def _read(self, stream: ServerStream, content: aiohttp.StreamReader) -> None:
         events = Events()
         async for data in content.iter_any():
             self._heard_at = self._clock()
@@ -463,7 +481,7 @@ class OpenAIEngine:
             self._flush()
         self._complete(stream)
 
-    def _complete(self, stream: _Stream) -> None:
+    def _complete(self, stream: ServerStream) -> None:
         """The server has said all that it has to say."""
         match stream.finish_reason:
             case None:
@@ -473,7 +491,7 @@ class OpenAIEngine:
             case other:
                 self._finish(stream, "error", f"the server ended the answer with {other}")
 
-    def _take(self, stream: _Stream, event: Event) -> None:
+    def _take(self, stream: ServerStream, event: Event) -> None:
         """One event of a stream: tokens, the counts, or an error."""
         if stream.key not in self._streams:
             return
@@ -518,7 +536,7 @@ class OpenAIEngine:
             if ids and is_set(choice.logprobs):
                 out.logprobs = (out.logprobs or []) + token_logprobs_of(choice.logprobs, ids)
 
-    def _observe(self, stream: _Stream, num_tokens: int) -> None:
+    def _observe(self, stream: ServerStream, num_tokens: int) -> None:
         """Count tokens, and learn from the gaps between those of one stream: each is about an iteration."""
         now = self._clock()
         stream.moved = True
@@ -546,7 +564,7 @@ class OpenAIEngine:
                 self._fit.observe(*shape, round(window.kv_tokens / n), (now - window.began_at) / n)
                 self._window = _Window(stream, now)
 
-    def _finish(self, stream: _Stream, reason: str, message: str = "") -> None:
+    def _finish(self, stream: ServerStream, reason: str, message: str = "") -> None:
         """Mark the end, once; the emission leaves with the next flush."""
         if self._streams.pop(stream.key, None) is None:
             return

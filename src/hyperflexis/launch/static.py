@@ -8,7 +8,15 @@ from .local import instance_command
 
 
 def endpoint_command(
-    id: str, epoch: int, name: str, url: str, listen: str, controller: str, step: str, options: Sequence[str]
+    id: str,
+    epoch: int,
+    name: str,
+    engine: str,
+    url: str,
+    listen: str,
+    controller: str,
+    step: str,
+    options: Sequence[str],
 ) -> list[str]:
-    """Stand an instance in front of the OpenAI-compatible server at ``url`` (its base, without ``/v1``)."""
-    return instance_command(id, epoch, name, "openai", listen, controller, step, ["--url", url, *options])
+    """Stand an instance of ``engine`` in front of the server at ``url`` (its base, without ``/v1``)."""
+    return instance_command(id, epoch, name, engine, listen, controller, step, ["--url", url, *options])

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
-from ..batcher import Sequence
 from ..core.effects import Dispatch, Handoff
 from ..core.events import RequestArrived
 from ..core.record import Record, RecordOutcome
 from ..core.request import Request
 from ..core.stream import Loss, Stream, continued, due
+from ..sequences import Sequence
 from .workload import Arrival, block_keys
 
 GATEWAY = "gateway"

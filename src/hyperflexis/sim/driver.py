@@ -28,7 +28,6 @@ from random import Random
 from typing import assert_never
 
 from ..batcher import Batch, Batcher, BatcherConfig, RequestTooLong
-from ..batcher import Sequence as BatcherSequence
 from ..controller import Controller, ControllerConfig
 from ..core import effects
 from ..core.effects import (
@@ -62,6 +61,7 @@ from ..core.record import Record, RecordOutcome, Run
 from ..core.request import Request
 from ..core.weights import LoadWeights, SetSendRate
 from ..policy.catalog import STEPS
+from ..sequences import Sequence as BatcherSequence
 from .client import Client
 from .config import KnownLengths, Observer, Sample, SimConfig, SimCounters, SimResult
 from .faults import Fault

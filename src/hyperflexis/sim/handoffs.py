@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..batcher import Sequence as BatcherSequence
 from ..core import effects
 from ..core.events import Event, HandoffFailed, InstanceLinked
 from ..core.links import Links
 from ..policy.handoff import LAYERS
+from ..sequences import Sequence as BatcherSequence
 from .client import Client
 from .instance import Instance, Phase
 

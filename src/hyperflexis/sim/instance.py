@@ -7,8 +7,8 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from ..batcher import Batch, Batcher
-from ..batcher import Sequence as BatcherSequence
 from ..core.instance import InstanceInfo
+from ..sequences import Sequence as BatcherSequence
 from .client import Client
 
 if TYPE_CHECKING:

@@ -20,13 +20,14 @@ from pathlib import Path
 
 import torch
 
-from ...batcher import Batch, Batcher, BatcherConfig, Emitted, RequestTooLong, Sampled, Sequence
+from ...batcher import Batch, Batcher, BatcherConfig, Emitted, RequestTooLong, Sampled
 from ...core.latency import Coefficients, OnlineFit
 from ...core.launch import Phase as StartPhase
 from ...core.links import KvSource
 from ...core.weights import LoadWeights
 from ...errors import HyperFlexisError, ProtocolError
 from ...policy.catalog import StepFunctions
+from ...sequences import Sequence
 from ...transfer.tcp import is_local
 from ...wire import Generate
 from ..base import STANDBY, Emission, Ending, EngineInfo, EngineReport, Linked, Loaded, PhaseOver, Sink

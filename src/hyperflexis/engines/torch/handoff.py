@@ -14,9 +14,9 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ...batcher import Sequence
 from ...core.transfer import Piece
 from ...errors import ProtocolError
+from ...sequences import Sequence
 from ...transfer.kv import Give, Take
 from ...transfer.links import Layout
 from ...wire import TokenLogprob

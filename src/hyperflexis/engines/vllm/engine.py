@@ -1,0 +1,316 @@
+"""Stands for a vLLM server, one that runs or one that it starts. What it knows beyond any OpenAI-compatible server:
+
+token ids         in and out, always; so streams can be resumed, and the gateway makes the text
+what it is        release, KV cache, whether our scheduler is in it (terms.py)
+order             stock servers get what they would begin now, with a priority (window.py); a server with our
+                  scheduler gets all, with what was promised, and decides itself
+prefixes          tenants are kept apart by vLLM's ``cache_salt``
+iterations        told by our scheduler, else fitted from outside as with any server
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import shutil
+import socket
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from ...errors import HyperFlexisError
+from ...policy.step import StepPolicy
+from ...sequences import Sequence
+from ...wire import Generate
+from ..base import Ending, EngineInfo, EngineReport, Linked, PhaseOver, Sink
+from ..driver import sequence_of
+from ..openai import OpenAIConfig, OpenAIEngine, ServerStream
+from .server import Recipe, VllmServer, start_server
+from .terms import MAX_REPORT_BYTES, PROBE, REPORTS_VARIABLE, Capabilities, Promise, StepReport
+from .window import Window
+
+LEAST_VERSION = (0, 10, 2)
+"""The first that returns token ids."""
+MAX_BATCH, MAX_BATCH_TOKENS = 256, 2048
+"""vLLM's own, where a server tells no others."""
+WARM_UP_TOKENS, WARM_UP_OUTPUT = 512, 16
+"""Of the requests with which a server is warmed up. Some of the ids in them are in any vocabulary."""
+REPORT_LIVES_S = 2.0
+"""Older than this, what the scheduler told last says nothing any more."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class VllmConfig(OpenAIConfig):
+    """As OpenAIConfig, always with token ids. ``step`` orders requests in front of a stock server, for which
+    ``max_batch`` and ``max_batch_tokens`` should be its own ``--max-num-seqs`` and ``--max-num-batched-tokens``.
+    ``recipe`` starts a server, in place of ``url``."""
+
+    step: StepPolicy[Any] | None = None
+    max_batch_tokens: int | None = None
+    recipe: Recipe | None = None
+
+
+class _Parameters(msgspec.Struct):
+    hyperflexis: Capabilities | None = None
+
+
+class _Probed(msgspec.Struct):
+    kv_transfer_params: _Parameters | None = None
+
+
+class _Version(msgspec.Struct):
+    version: str
+
+
+class VllmEngine(OpenAIEngine):
+    """See the module."""
+
+    def __init__(self, config: VllmConfig) -> None:
+        super().__init__(replace(config, token_ids=True))
+        self._vllm = config
+        self._server: VllmServer | None = None
+        self._server_ended: asyncio.Future[str] | None = None
+        self._inside: Capabilities | None = None
+        self._version = ""
+        self._line: Window | None = None
+        self._waits: dict[object, Sequence] = {}
+        self._look: asyncio.TimerHandle | None = None
+        self._began = self._clock()
+        self._reports = _Reports()
+
+    async def start(
+        self,
+        sink: Sink,
+        ending: Ending | None = None,
+        instance: str = "",
+        epoch: int = 0,
+        linked: Linked | None = None,
+        standby: bool = False,
+        phase_over: PhaseOver | None = None,
+    ) -> EngineInfo:
+        """Start the server, if that is asked for, and find out what it is.
+
+        Raises HyperFlexisError when it ends or does not answer in time, is no vLLM or too old a one, or does not serve
+        the model.
+        """
+        recipe = self._vllm.recipe
+        ended: asyncio.Future[str] | None = None
+        if recipe is not None:
+            reports = await self._reports.open()
+            self._server = await start_server(replace(recipe, env={**recipe.env, REPORTS_VARIABLE: reports}))
+            self._url = self._server.url
+            ended = self._server_ended = asyncio.ensure_future(self._server.ended())
+        starting = asyncio.ensure_future(super().start(sink, ending, instance, epoch, linked, standby, phase_over))
+        try:
+            both: set[asyncio.Future[Any]] = {starting} if ended is None else {starting, ended}
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            if ended is not None and ended.done():
+                raise HyperFlexisError(f"vLLM {ended.result()} while it started; what it wrote above says why")
+            info = starting.result()
+        except BaseException:
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            await self._stop_server()
+            raise
+        if ended is not None:
+            ended.add_done_callback(self._server_gone)
+        info = self._described(info)
+        try:
+            await self._warm_up(min(WARM_UP_TOKENS, info.max_batch_tokens, info.context_length // 2))
+        except BaseException:
+            await self.stop()
+            raise
+        return info
+
+    def report(self) -> EngineReport:
+        """As told by the scheduler inside the server, else as seen from here. Raises HyperFlexisError once the server
+        is gone."""
+        report, told = super().report(), self._reports.last
+        if told is None:
+            return report
+        found = msgspec.structs.asdict(told) | {"latency": told.coefficients()}
+        # It tells nothing while nothing runs, and does not know of what is on its way to it.
+        if self._clock() - self._reports.at > REPORT_LIVES_S:
+            found |= {"num_running": report.num_running, "kv_used_tokens": report.kv_used_tokens}
+        found["num_waiting"] = max(report.num_running + report.num_waiting - found["num_running"], 0)
+        return replace(report, **found)
+
+    async def stop(self) -> None:
+        """End all streams with ``error``, and the server if it was started here."""
+        if self._look is not None:
+            self._look.cancel()
+        await super().stop()
+        await self._stop_server()
+
+    def _described(self, info: EngineInfo) -> EngineInfo:
+        config, inside = self._vllm, self._inside
+        max_batch = config.max_batch or (inside.max_batch if inside else MAX_BATCH)
+        max_batch_tokens = config.max_batch_tokens or (inside.max_batch_tokens if inside else MAX_BATCH_TOKENS)
+        if inside is None and config.step is not None:
+            self._line = Window(config.step, max_batch, max_batch_tokens, info.kv_capacity_tokens)
+        order = f"scheduler of HyperFlexis {inside.release}" if inside else "vLLM's own scheduler, a window in front"
+        _log.info(
+            "%s: vLLM %s, %d tokens of context, %d of KV cache, %s",
+            *(self._url, self._version, info.context_length, info.kv_capacity_tokens, order),
+        )
+        return replace(info, engine="vllm", max_batch=max_batch, max_batch_tokens=max_batch_tokens)
+
+    async def _check_token_ids(self) -> None:
+        self._version = await self._find_version()
+        await super()._check_token_ids()
+        try:
+            found = msgspec.json.decode(await self._one_token({"vllm_xargs": {PROBE: 1}}), type=_Probed)
+        except msgspec.DecodeError as error:
+            raise HyperFlexisError(f"{self._url}: the scheduler inside speaks otherwise than we do: {error}") from error
+        parameters = found.kv_transfer_params
+        self._inside = parameters.hyperflexis if parameters is not None else None
+        recipe = self._vllm.recipe
+        if recipe is not None and recipe.scheduler and self._inside is None:
+            raise HyperFlexisError(
+                f"vLLM {self._version} runs without our scheduler although it was asked for: is there another "
+                "--scheduler-cls among the arguments? Remove it, or set scheduler: vllm"
+            )
+
+    async def _warm_up(self, num_tokens: int) -> None:
+        """The first prompt of a server is slow, which must not look as if it hung. What the next ones take tells the
+        fit where to begin."""
+        seconds = []
+        for number, output in enumerate((1, 1, 1 + WARM_UP_OUTPUT)):
+            prompt = [1 + (number + place * (number + 1)) % 97 for place in range(num_tokens)]
+            began = self._clock()
+            await self._one_token({"prompt": prompt, "max_tokens": output, "ignore_eos": True})
+            seconds.append(self._clock() - began)
+        _, prefill_s, whole_s = seconds
+        self._fit.observe(num_tokens, 0.5 * num_tokens**2, 0, 0, prefill_s)
+        self._fit.observe(0, 0.0, 1, num_tokens, (whole_s - prefill_s) / WARM_UP_OUTPUT)
+
+    async def _find_version(self) -> str:
+        """Raises HyperFlexisError for what is no vLLM, or one that cannot return token ids."""
+        try:
+            async with self._probes.get(f"{self._url}/version") as answer:
+                body = await answer.read() if answer.status == 200 else b""
+            version = msgspec.json.decode(body, type=_Version).version
+        except (aiohttp.ClientError, TimeoutError, OSError, msgspec.DecodeError) as error:
+            raise HyperFlexisError(
+                f"{self._url} does not say which vLLM it is; for other servers use engine openai"
+            ) from error
+        numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+        if numbers < LEAST_VERSION:
+            least = ".".join(map(str, LEAST_VERSION))
+            raise HyperFlexisError(f"{self._url} is vLLM {version}, which returns no token ids: upgrade to {least}")
+        return version
+
+    def _request(self, request: Generate) -> tuple[str, dict[str, Any]]:
+        path, body = super()._request(request)
+        if request.salt:
+            body["cache_salt"] = request.salt
+        return path, body
+
+    def _admit(self, stream: ServerStream) -> None:
+        request = stream.request
+        if self._line is None:
+            if self._inside is not None:
+                promise = Promise(
+                    request.first_due_s,
+                    request.pace_s,
+                    request.last_due_s,
+                    request.value,
+                    request.expected_output_tokens,
+                )
+                stream.body["vllm_xargs"] = promise.to_xargs()
+            self._send(stream)
+            return
+        now = self._clock()
+        seq = self._waits[stream.key] = sequence_of(request, now, stream)
+        self._line.add(seq, now)
+        self._look_soon()
+
+    def _observe(self, stream: ServerStream, num_tokens: int) -> None:
+        first = stream.first_at is None
+        super()._observe(stream, num_tokens)
+        if self._line is not None:
+            self._line.took(self._waits[stream.key], stream.num_output_tokens, self._clock())
+            if first:
+                self._look_soon()
+
+    def _finish(self, stream: ServerStream, reason: str, message: str = "") -> None:
+        super()._finish(stream, reason, message)
+        seq = self._waits.pop(stream.key, None)
+        if seq is not None and self._line is not None:
+            self._line.end(seq)
+            self._look_soon()
+
+    def _look_soon(self, seconds: float = 0.0) -> None:
+        """Ask the window soon, once for all that happens until then."""
+        if self._look is not None:
+            self._look.cancel()
+        self._look = self._loop.call_later(seconds, self._fill)
+
+    def _fill(self) -> None:
+        """Send what is due."""
+        window = self._line
+        if window is None or not self._waits:
+            return
+        now, latency = self._clock(), self._fit.coefficients
+        for seq in window.due(now, latency):
+            stream = seq.payload
+            assert isinstance(stream, ServerStream)
+            stream.body["priority"] = window.priority(seq, now, self._began)
+            self._send(stream)
+        again_s = window.look_again_s(latency)
+        if again_s is not None:
+            self._look_soon(again_s)
+
+    def _server_gone(self, ended: asyncio.Future[str]) -> None:
+        if self._failure is None and not self._draining and not ended.cancelled():
+            self._failure = f"vLLM {ended.result()}"
+            self._end_all(self._failure)
+
+    async def _stop_server(self) -> None:
+        if self._server_ended is not None:
+            self._server_ended.cancel()
+        if self._server is not None:
+            await self._server.stop()
+        self._reports.close()
+
+
+class _Reports(asyncio.DatagramProtocol):
+    """What the scheduler inside the server tells. ``last`` came ``at`` a time of the monotonic clock."""
+
+    def __init__(self) -> None:
+        self.last: StepReport | None = None
+        self.at = 0.0
+        self._folder: Path | None = None
+        self._transport: asyncio.BaseTransport | None = None
+
+    async def open(self) -> str:
+        """Begin to listen; where is returned. For this user alone."""
+        self._folder = Path(tempfile.mkdtemp(prefix="hfx-vllm-"))
+        path = str(self._folder / "reports")
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        listener.bind(path)
+        listener.setblocking(False)
+        loop = asyncio.get_running_loop()
+        self._transport, _ = await loop.create_datagram_endpoint(lambda: self, sock=listener)
+        return path
+
+    def datagram_received(self, data: bytes, addr: object) -> None:
+        """asyncio's callback. What is none of ours is passed over."""
+        if len(data) <= MAX_REPORT_BYTES:
+            with contextlib.suppress(msgspec.DecodeError):
+                self.last = msgspec.msgpack.decode(data, type=StepReport)
+                self.at = asyncio.get_running_loop().time()
+
+    def close(self) -> None:
+        """Listen no more."""
+        if self._transport is not None:
+            self._transport.close()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)

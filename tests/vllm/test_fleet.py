@@ -1,0 +1,166 @@
+"""A fleet that starts its own vLLM servers, as a user does, and what its clients see when one of them is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+import pytest
+from tests.vllm.servers import ENV, SMALL, START_LIMIT_S
+
+STREAMS = 24
+TOKENS = 200
+
+
+@dataclass
+class Fleet:
+    """A running ``serve`` with two instances."""
+
+    url: str
+    model: Path
+
+    def servers(self) -> list[int]:
+        """Pids of its API servers, each the leader of its group."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+                pid = int(folder.name)
+                ours = b"vllm.entrypoints.openai.api_server" in words and str(self.model).encode() in words
+                if ours and os.getpgid(pid) == pid:
+                    found.append(pid)
+            except (OSError, ProcessLookupError):
+                continue
+        return sorted(found)
+
+
+@pytest.fixture(scope="module")
+def fleet(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    folder = tmp_path_factory.mktemp("fleet")
+    entry = {
+        "name": "m",
+        "engine": "vllm",
+        "path": str(model),
+        "args": {"arguments": shlex.join(SMALL), "max_batch": 16, "max_batch_tokens": 512},
+        "env": ENV,
+        "instances": {"min": 2},
+    }
+    file = folder / "fleet.yaml"
+    file.write_text(json.dumps({"model": entry, "listen": "127.0.0.1:0", "state_dir": str(folder / "state")}))
+    log = folder / "serve.log"
+    with log.open("wb") as output:
+        serve = subprocess.Popen(
+            [sys.executable, "-m", "hyperflexis", "serve", str(file)], stdout=output, stderr=output
+        )
+    try:
+        one = Fleet(_ready(log, serve), model)
+        assert len(one.servers()) == 2
+        yield one
+        pids = one.servers()
+        serve.send_signal(signal.SIGTERM)
+        serve.wait(60)
+        assert not [pid for pid in pids if Path(f"/proc/{pid}/cmdline").exists()], "servers outlived the fleet"
+        assert not one.servers()
+    finally:
+        serve.send_signal(signal.SIGTERM)  # killed, it would leave the fleet to the next serve
+        serve.wait(60)
+
+
+def _ready(log: Path, serve: subprocess.Popen[bytes]) -> str:
+    deadline = time.monotonic() + START_LIMIT_S
+    while time.monotonic() < deadline:
+        assert serve.poll() is None, log.read_text()
+        found = re.search(r"ready after .* at (http://\S+);", log.read_text())
+        if found is not None:
+            return found[1]
+        time.sleep(0.5)
+    raise AssertionError(log.read_text())
+
+
+def _metric(url: str, name: str) -> float:
+    with urllib.request.urlopen(f"{url}/metrics") as answer:
+        text = answer.read().decode()
+    return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
+
+
+def test_the_official_client_chats_and_completes(fleet: Fleet) -> None:
+    client = openai.OpenAI(base_url=f"{fleet.url}/v1", api_key="any")
+    assert [one.id for one in client.models.list().data] == ["m"]
+    chat = client.chat.completions.create(
+        model="m",
+        messages=[{"role": "user", "content": "hello there"}],
+        max_tokens=12,
+        temperature=0,
+        extra_headers={"x-slo-ttft-ms": "5000", "x-slo-tpot-ms": "500"},
+        extra_body={"ignore_eos": True},
+    )
+    assert chat.choices[0].finish_reason == "length" and chat.choices[0].message.content
+    assert chat.usage is not None and chat.usage.completion_tokens == 12
+    pieces = list(
+        client.chat.completions.create(
+            model="m",
+            messages=[{"role": "user", "content": "hello there"}],
+            max_tokens=12,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+    )
+    text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+    assert text == chat.choices[0].message.content
+    whole = client.completions.create(
+        model="m", prompt=[5, 6, 7], max_tokens=6, temperature=0, logprobs=2, extra_body={"ignore_eos": True}
+    )
+    logprobs = whole.choices[0].logprobs
+    assert logprobs is not None and logprobs.token_logprobs is not None and len(logprobs.token_logprobs) == 6
+    assert all(one is not None and one <= 0.0 for one in logprobs.token_logprobs)
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="m", prompt=[5] * 600, max_tokens=6)
+
+
+async def test_no_stream_fails_and_none_differs_when_a_server_is_killed(fleet: Fleet) -> None:
+    client = openai.AsyncOpenAI(base_url=f"{fleet.url}/v1", api_key="any", max_retries=0)
+    begun = [asyncio.Event() for _ in range(STREAMS)]
+
+    async def stream(number: int) -> tuple[str, str | None]:
+        text, finish = "", None
+        answer = await client.completions.create(
+            model="m",
+            prompt=[40 + number, *range(100, 140)],
+            max_tokens=TOKENS,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+            timeout=300,
+        )
+        async for event in answer:
+            for choice in event.choices:
+                text += choice.text
+                finish = choice.finish_reason or finish
+            begun[number].set()
+        return text, finish
+
+    undisturbed = await asyncio.gather(*(stream(number) for number in range(STREAMS)))
+    for event in begun:
+        event.clear()
+    streams = [asyncio.create_task(stream(number)) for number in range(STREAMS)]
+    await asyncio.gather(*(begun[number].wait() for number in range(STREAMS // 2)))
+    os.killpg(fleet.servers()[0], signal.SIGKILL)
+    disturbed = await asyncio.gather(*streams)
+    assert [finish for _, finish in disturbed] == ["length"] * STREAMS
+    assert disturbed == undisturbed
+    assert _metric(fleet.url, "hyperflexis_redispatched_total") > 0
+    await client.close()
