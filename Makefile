@@ -13,7 +13,7 @@ ARGS ?=
 TRACES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vllm check bench bench-vllm experiments docs clean
+.PHONY: help setup demo test gpu test-vllm check bench bench-vllm experiments docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,7 +31,7 @@ demo: setup  ## two real engines, four tasks, every request with a promise: Hype
 	$(BIN)/hyperflexis demo $(ARGS)
 
 test: setup  ## all tests; what was skipped is listed with its reason
-	$(BIN)/python -m pytest -q -rs $(ARGS)
+	$(BIN)/python -m pytest -q -rs -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 $(VLLM_STAMP): pyproject.toml constraints.txt
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
@@ -45,6 +45,9 @@ $(VLLM_STAMP): pyproject.toml constraints.txt
 
 test-vllm: $(VLLM_STAMP)  ## tests on real vLLM servers, on the CPU, in an environment of their own (3.5 GB, minutes)
 	timeout --foreground $(VLLM_LIMIT) $(VLLM_BIN)/python -m pytest -q -rs tests/vllm $(ARGS)
+
+gpu: setup  ## tests that need an NVIDIA GPU; they say so where there is none
+	$(BIN)/python -m pytest -q -rs tests/gpu $(ARGS)
 
 check: setup  ## lint, format, types, generated documents
 	$(BIN)/ruff check .
