@@ -161,7 +161,7 @@ async def test_drain_refuses_the_new_and_finishes_the_old(driver: Driver) -> Non
 
 
 async def test_stop_ends_open_streams_with_an_error(driver: Driver) -> None:
-    streams = [driver.streams[driver.send([65, i], 450)] for i in (66, 67)]
+    streams = [driver.streams[driver.send([65, i], 450)] for i in range(66, 70)]
     for stream in streams:
         await stream.started()
     await driver.stop()

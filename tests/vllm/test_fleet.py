@@ -31,16 +31,17 @@ class Fleet:
 
     url: str
     model: Path
+    others: frozenset[int]
 
     def servers(self) -> list[int]:
-        """Pids of its API servers, each the leader of its group."""
+        """Pids of its API servers, each the leader of its group; without ``others`` of the same model."""
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 words = (folder / "cmdline").read_bytes().split(b"\0")
                 pid = int(folder.name)
                 ours = b"vllm.entrypoints.openai.api_server" in words and str(self.model).encode() in words
-                if ours and os.getpgid(pid) == pid:
+                if ours and os.getpgid(pid) == pid and pid not in self.others:
                     found.append(pid)
             except (OSError, ProcessLookupError):
                 continue
@@ -60,13 +61,14 @@ def fleet(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fle
     }
     file = folder / "fleet.yaml"
     file.write_text(json.dumps({"model": entry, "listen": "127.0.0.1:0", "state_dir": str(folder / "state")}))
+    others = frozenset(Fleet("", model, frozenset()).servers())
     log = folder / "serve.log"
     with log.open("wb") as output:
         serve = subprocess.Popen(
             [sys.executable, "-m", "hyperflexis", "serve", str(file)], stdout=output, stderr=output
         )
     try:
-        one = Fleet(_ready(log, serve), model)
+        one = Fleet(_ready(log, serve), model, others)
         assert len(one.servers()) == 2
         yield one
         pids = one.servers()
