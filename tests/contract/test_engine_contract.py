@@ -201,10 +201,11 @@ async def test_a_known_prefix_is_reported_as_cached(driver: Driver) -> None:
 
 
 async def test_reports_only_grow_and_tell_progress(driver: Driver) -> None:
-    key = driver.send([65] * 20, 60)
+    key = driver.send([65] * 20, 300)
     stream = driver.streams[key]
     before = driver.engine.report()
     told: list[int] = []
+    moves = 0  # that a report can tell of: a busy machine may deliver the last tokens, or all, with the end
     while stream.end is None:
         stream.moved.clear()
         async with asyncio.timeout(LIMIT_S):
@@ -213,10 +214,13 @@ async def test_reports_only_grow_and_tell_progress(driver: Driver) -> None:
         for name in ("iterations", "prompt_tokens", "output_tokens", "prefix_hit_tokens", "preemptions", "busy_s"):
             assert getattr(report, name) >= getattr(before, name), name
         told += [progress.output_tokens for progress in report.progress]
+        moves += stream.end is None
         before = report
-    assert told == sorted(told) and told[-1] <= 60
-    assert before.output_tokens == 60
-    assert before.iterations >= 60
+    assert len(told) >= moves
+    assert told == sorted(told)
+    assert max(told, default=0) <= 300
+    assert before.output_tokens == 300
+    assert before.iterations >= 300
     assert before.busy_s > 0.0
 
 
