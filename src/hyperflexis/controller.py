@@ -472,7 +472,7 @@ class Controller:
             if instance.state is InstanceState.SUSPECTED and instance.has_work:
                 others = self.cluster.ready(instance.info.model)
                 if others[0].state is InstanceState.READY:
-                    hung = instance.health.is_hung(now, instance.longest_iteration_s())
+                    hung = instance.is_hung(now)
                     reason = "it hangs" if hung else "it is slow"
                     effects.append(Evacuate(instance.id, instance.info.epoch, reason, hung))
         return effects
@@ -548,7 +548,7 @@ def _suspicion(instance: TrackedInstance, now: float) -> str:
     health = instance.health
     if not instance.has_work:
         return ""
-    if health.is_hung(now, instance.longest_iteration_s()):
+    if instance.is_hung(now):
         return f"no iteration for {now - health.alive_at:.1f} s"
     if health.is_slow():
         return f"iterations take {health.work_s / health.expected_s:.1f} times as long as expected"

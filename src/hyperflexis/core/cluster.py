@@ -214,10 +214,11 @@ class TrackedInstance:
             tracked.output_tokens = max(tracked.output_tokens, progress.output_tokens)
             self._count(tracked)
 
-    def longest_iteration_s(self) -> float:
-        """What the model expects of a full iteration."""
+    def is_hung(self, now: float) -> bool:
+        """Has it been silent for much longer than a full iteration takes?"""
         prompt_s = min(self.prefill_s, self.latency.prefill_s(self.info.max_batch_tokens))
-        return self.latency.decode_s(self.num_decodes, self.decode_kv_tokens) + prompt_s
+        iteration_s = self.latency.decode_s(self.num_decodes, self.decode_kv_tokens) + prompt_s
+        return self.health.is_hung(now, iteration_s, self.info.hang_s)
 
     def _check_speed(self, report: InstanceReport, now: float) -> None:
         """Compare what it did since its last report with what the model expects of that. Iterations are linear in the

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..core.health import HANG_S
 from ..core.instance import RequestProgress
 from ..core.latency import Coefficients
 from ..core.launch import Phase as StartPhase
@@ -27,7 +28,7 @@ class EngineInfo:
     """What an engine is, known once it has started. Sizes in tokens; ``latency`` is the prior of the fit. Other
     instances get the KV of its requests at ``kv_address`` (empty: nowhere), ``kv_bytes_per_token`` for each token,
     and its weights at ``weights_address``: those with ``weights_digest`` (empty: none yet, or it does not know), of
-    ``weights_bytes``."""
+    ``weights_bytes``. ``hang_s``: silent at work for longer than that, it hangs (core/health.py)."""
 
     model: str
     engine: str
@@ -43,6 +44,7 @@ class EngineInfo:
     weights_address: str = ""
     weights_digest: str = ""
     weights_bytes: int = 0
+    hang_s: float = HANG_S
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,9 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from ..core.health import SERVER_HANG_S
 from ..core.instance import RequestProgress
-from ..core.latency import Coefficients, OnlineFit
+from ..core.latency import GUESS, Coefficients, OnlineFit
 from ..core.links import KvSource
 from ..core.profile import Profile
 from ..core.weights import LoadWeights
@@ -139,8 +140,8 @@ class OpenAIEngine:
         self._model = config.server_model or config.model
         prior = config.profile.coefficients if config.profile is not None else FALLBACK_LATENCY
         self._prior = prior
-        # A prior made for another server is worth one observation.
-        self._fit = OnlineFit(prior, prior_strength=1.0)
+        # A profile was made for another server: it is worth one observation.
+        self._fit = OnlineFit(prior, prior_strength=1.0 if config.profile is not None else GUESS)
         self._counters = _Counters()
         self._streams: dict[object, ServerStream] = {}
         self._pending: dict[object, Emission] = {}
@@ -203,6 +204,7 @@ class OpenAIEngine:
             max_batch_tokens=profile.max_batch_tokens if profile is not None else 8192,
             returns_token_ids=config.token_ids,
             latency=self._prior,
+            hang_s=SERVER_HANG_S,
         )
 
     async def load(self, order: LoadWeights) -> Loaded:

@@ -52,7 +52,7 @@ async def test_tokens_depend_on_the_whole_prompt_and_on_the_seed_unless_greedy()
 async def test_iterations_take_the_profiles_time_on_average_although_timers_are_late() -> None:
     c = fast_profile().coefficients
     late_s = []
-    for _ in range(3):
+    for _ in range(8):
         async with driven(emulated("hyperflexis")) as driver:
             key = driver.send([65] * 10, 400)
             await driver.streams[key].started()
@@ -62,10 +62,11 @@ async def test_iterations_take_the_profiles_time_on_average_although_timers_are_
         modelled_s = after.busy_s - before.busy_s
         assert modelled_s == pytest.approx(399 * c.decode_s(1, 210), rel=0.01)
         late_s.append(wall_s - modelled_s)
-        if late_s[-1] < 0.05:
+        if late_s[-1] < 0.1:
             break
-    # One iteration may end late, more so on a busy machine; what must not happen is that each of the 399 adds to it.
-    assert -0.005 < min(late_s) < 0.05
+    # Some iterations may end late, more so on a busy machine; what must not happen is that each of the 399 adds a
+    # timer's half a millisecond or more to it.
+    assert -0.005 < min(late_s) < 0.1
 
 
 async def test_texts_end_by_themselves_after_the_wanted_mean() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import re
 import shutil
@@ -39,7 +40,7 @@ LEAST_VERSION = (0, 10, 2)
 """The first that returns token ids."""
 MAX_BATCH, MAX_BATCH_TOKENS = 256, 2048
 """vLLM's own, where a server tells no others."""
-WARM_UP_TOKENS, WARM_UP_OUTPUT = 512, 16
+WARM_UP_TOKENS, WARM_UP_OUTPUT, WARM_UP_BATCH = 512, 16, 16
 """Of the requests with which a server is warmed up. Some of the ids in them are in any vocabulary."""
 REPORT_LIVES_S = 2.0
 """Older than this, what the scheduler told last says nothing any more."""
@@ -123,11 +124,12 @@ class VllmEngine(OpenAIEngine):
             ended.add_done_callback(self._server_gone)
         info = self._described(info)
         try:
-            await self._warm_up(min(WARM_UP_TOKENS, info.max_batch_tokens, info.context_length // 2))
+            prompt = min(WARM_UP_TOKENS, info.max_batch_tokens, info.context_length // 2)
+            await self._warm_up(prompt, min(WARM_UP_BATCH, info.max_batch))
         except BaseException:
             await self.stop()
             raise
-        return info
+        return replace(info, latency=self._fit.coefficients)
 
     def report(self) -> EngineReport:
         """As told by the scheduler inside the server, else as seen from here. Raises HyperFlexisError once the server
@@ -178,18 +180,36 @@ class VllmEngine(OpenAIEngine):
                 "--scheduler-cls among the arguments? Remove it, or set scheduler: vllm"
             )
 
-    async def _warm_up(self, num_tokens: int) -> None:
-        """The first prompt of a server is slow, which must not look as if it hung. What the next ones take tells the
-        fit where to begin."""
-        seconds = []
-        for number, output in enumerate((1, 1, 1 + WARM_UP_OUTPUT)):
-            prompt = [1 + (number + place * (number + 1)) % 97 for place in range(num_tokens)]
+    async def _warm_up(self, num_tokens: int, batch: int) -> None:
+        """The first prompt of a server is slow, which must not look as if it hung. What the next ones take, one alone
+        and ``batch`` at once, tells the fits here and inside where to begin."""
+        first = itertools.count()
+
+        async def seconds(requests: int, prompt: int, output: int) -> float:
             began = self._clock()
-            await self._one_token({"prompt": prompt, "max_tokens": output, "ignore_eos": True})
-            seconds.append(self._clock() - began)
-        _, prefill_s, whole_s = seconds
+            await asyncio.gather(
+                *(
+                    self._one_token(
+                        {
+                            "prompt": [1 + (number + place * (number + 1)) % 97 for place in range(prompt)],
+                            "max_tokens": output,
+                            "ignore_eos": True,
+                        }
+                    )
+                    for number in (next(first) for _ in range(requests))
+                )
+            )
+            return self._clock() - began
+
+        few = num_tokens // batch
+        await seconds(1, num_tokens, 1)
+        prefill_s = await seconds(1, num_tokens, 1)
+        alone_s = await seconds(1, num_tokens, 1 + WARM_UP_OUTPUT)
+        begun_s = await seconds(batch, few, 1)
+        together_s = await seconds(batch, few, 1 + WARM_UP_OUTPUT)
         self._fit.observe(num_tokens, 0.5 * num_tokens**2, 0, 0, prefill_s)
-        self._fit.observe(0, 0.0, 1, num_tokens, (whole_s - prefill_s) / WARM_UP_OUTPUT)
+        self._fit.observe(0, 0.0, 1, num_tokens, (alone_s - prefill_s) / WARM_UP_OUTPUT)
+        self._fit.observe(0, 0.0, batch, batch * few, (together_s - begun_s) / WARM_UP_OUTPUT)
 
     async def _find_version(self) -> str:
         """Raises HyperFlexisError for what is no vLLM, or one that cannot return token ids."""

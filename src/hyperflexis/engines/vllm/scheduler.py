@@ -38,7 +38,7 @@ import vllm
 
 from ... import __version__
 from ...batcher import Counters
-from ...core.latency import OnlineFit
+from ...core.latency import GUESS, OnlineFit
 from ...errors import ProtocolError
 from ...policy import step
 from ...policy.step import StepLimits
@@ -128,7 +128,7 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is not there w
         self._partial: dict[str, Sequence] = {}
         self._allowed: dict[str, int] = {}
         self._steps: deque[_Step] = deque()
-        self._fit = OnlineFit(FALLBACK_LATENCY, prior_strength=1.0)
+        self._fit = OnlineFit(FALLBACK_LATENCY, prior_strength=GUESS)
         self._ended_at = 0.0
         self._told_at = 0.0
         self._counters = Counters()
