@@ -6,7 +6,7 @@
 
     round_robin   stock vLLM, requests round robin, each server first come first served
     gateway       the same stock servers, HyperFlexis in front
-    scheduler     vLLM with HyperFlexis' scheduler inside, HyperFlexis in front
+    scheduler     vLLM with HyperFlexis' scheduler inside, HyperFlexis in front, which starts these servers
 
 All three go through the same gateway program, with the same arrivals, prompts and promises, in turn for each seed, in
 changing order. The promises are those of `hyperflexis demo`: multiples of what one request takes alone here. The load
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 import tempfile
 import time
@@ -43,6 +44,7 @@ from hyperflexis.telemetry.summary import Summary, summarise
 SERVERS = 2
 MAX_BATCH, MAX_BATCH_TOKENS, CONTEXT = 64, 512, 4096
 """The same for all. With vLLM's own 2,048 tokens an iteration of a stock server lasts a second here."""
+ARGUMENTS = (*EXACT, "--max-model-len", str(CONTEXT))
 IN_FLIGHT, SATURATION_S = 16, 20.0
 TARGETS = {"gateway": 1.3, "scheduler": 1.8}
 TOP_CLASS, TOP_TARGET = "code", 0.9
@@ -66,17 +68,24 @@ ARMS = (
 
 
 def fleet_of(arm: Arm, urls: list[str], model: Path, folder: Path, workload: Any) -> FleetProcess:
-    entry: dict[str, object] = {"name": "m", "engine": arm.engine, "endpoints": urls, "path": str(model)}
+    entry: dict[str, object] = {"name": "m", "engine": arm.engine, "path": str(model)}
     if arm.engine == "openai":
-        entry["args"] = {"token_ids": True, "max_batch": 1024}
+        entry |= {"endpoints": urls, "args": {"token_ids": True, "max_batch": 1024}}
     else:
-        entry["args"] = {"max_batch": MAX_BATCH, "max_batch_tokens": MAX_BATCH_TOKENS}
+        args: dict[str, object] = {"max_batch": MAX_BATCH, "max_batch_tokens": MAX_BATCH_TOKENS}
+        if arm.inside:
+            entry["instances"] = {"min": SERVERS}
+            args["arguments"] = " ".join(ARGUMENTS)
+        else:
+            entry["endpoints"] = urls
+        entry["args"] = args
     return FleetProcess(arm.policy, folder / arm.name, entry, SERVERS, workload)
 
 
 async def drive(args: argparse.Namespace, fleets: dict[str, FleetProcess], workload: Any) -> dict[str, Any]:
     stop = asyncio.Event()
-    for fleet in fleets.values():
+    for fleet in fleets.values():  # one after the other: what a server can do is measured as it starts
+        fleet.start()
         await fleet.wait_ready(stop)
     names = [c.name for c in workload.classes]
     targets = {name: await find_target(fleet.url, None, {}, names) for name, fleet in fleets.items()}
@@ -144,40 +153,31 @@ def main() -> int:
     args = parser.parse_args()
     arms = [arm for arm in ARMS if arm.name in args.arms.split(",")]
     workload = load_workload(example("demo.yaml"))
-    servers: dict[bool, list[Server]] = {}
+    servers: list[Server] = []
     fleets: dict[str, FleetProcess] = {}
+    os.environ.update(ENV)
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.logs or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         model = folder / "20m"
         make_model(model, ModelRecipe("20m"))
         try:
-            for inside in sorted({arm.inside for arm in arms}):
+            began = time.monotonic()
+            if not all(arm.inside for arm in arms):
                 recipe = Recipe(
-                    "m",
-                    model,
-                    scheduler=inside,
-                    max_batch=MAX_BATCH,
-                    max_batch_tokens=MAX_BATCH_TOKENS,
-                    arguments=(*EXACT, "--max-model-len", str(CONTEXT)),
-                    env=ENV,
+                    "m", model, max_batch=MAX_BATCH, max_batch_tokens=MAX_BATCH_TOKENS, arguments=ARGUMENTS, env=ENV
                 )
-                kind = "scheduler" if inside else "stock"
-                servers[inside] = [Server(recipe, folder / f"{kind}-{n}.log") for n in range(SERVERS)]
-                for server in servers[inside]:  # more than two starts at once take longer
+                servers = [Server(recipe, folder / f"stock-{n}.log") for n in range(SERVERS)]
+                for server in servers:
                     server.wait_ready()
             for arm in arms:
-                urls = [server.url for server in servers[arm.inside]]
-                fleets[arm.name] = fleet_of(arm, urls, model, folder, workload)
-                fleets[arm.name].start()
-            began = time.monotonic()
+                fleets[arm.name] = fleet_of(arm, [server.url for server in servers], model, folder, workload)
             found = asyncio.run(drive(args, fleets, workload))
         finally:
             for fleet in fleets.values():
                 fleet.stop()
-            for group in servers.values():
-                for server in group:
-                    server.stop()
+            for server in servers:
+                server.stop()
     base = found["arms"]["round_robin"]["attainment"]
     for name, target in TARGETS.items():
         if name in found["arms"]:

@@ -550,7 +550,7 @@ def _suspicion(instance: TrackedInstance, now: float) -> str:
         return ""
     if instance.is_hung(now):
         return f"no iteration for {now - health.alive_at:.1f} s"
-    if health.is_slow():
+    if health.is_slow() and not instance.info.guessed:
         return f"iterations take {health.work_s / health.expected_s:.1f} times as long as expected"
     return ""
 

@@ -218,7 +218,7 @@ class TrackedInstance:
         """Has it been silent for much longer than a full iteration takes?"""
         prompt_s = min(self.prefill_s, self.latency.prefill_s(self.info.max_batch_tokens))
         iteration_s = self.latency.decode_s(self.num_decodes, self.decode_kv_tokens) + prompt_s
-        return self.health.is_hung(now, iteration_s, self.info.hang_s)
+        return self.health.is_hung(now, iteration_s, self.info.guessed)
 
     def _check_speed(self, report: InstanceReport, now: float) -> None:
         """Compare what it did since its last report with what the model expects of that. Iterations are linear in the

@@ -1,9 +1,11 @@
 """Is an instance as fast as its latency model says? If not, it is *suspected*: it gets no new work for a while, its
 requests go on elsewhere, and then it is tried again.
 
-    hung   no iteration for ``hang_s`` + HANG_FACTOR times the longest one that the model expects of it, with work to do
+    hung   no iteration for HANG_S + HANG_FACTOR times the longest one that the model expects of it, with work to do
     slow   its latest WINDOW_S seconds of work took SLOW_FACTOR times as long, compared with the model, as it usually
            does: a model that is wrong from the start, or a host on which all is slow, raises no suspicion for long
+
+An instance whose iterations are *guessed* from what a server sends has GUESSED_HANG_S, and is never called slow.
 
 Each suspicion suspends an instance twice as long as the one before. The first report after that ends it; an instance
 that still hangs sends none, and one that is still slow is suspected again, unless its fit has learnt by then how slow
@@ -19,9 +21,9 @@ WATCH_S = 0.25
 """How often the controller looks."""
 HANG_S = 1.0
 """What reports, scheduling and a busy host may take, at most; reports come every 0.1 s from an instance that works."""
-SERVER_HANG_S = 15.0
-"""The same for a server whose iterations are only guessed from what it sends: it may compute prompts in an order of its
-own, compile, or preempt meanwhile, and a request that it is taken from begins anew elsewhere."""
+GUESSED_HANG_S = 15.0
+"""A server may compute prompts in an order of its own, compile or preempt meanwhile, and a request that is taken from
+it begins anew elsewhere."""
 HANG_FACTOR = 5.0
 SLOW_FACTOR = 3.0
 WINDOW_S = 0.3
@@ -64,9 +66,10 @@ class Health:
         usual = max(self.usual, 1.0)
         return self.usual > 0.0 and self.work_s >= SEEN_S and self.work_s > SLOW_FACTOR * usual * self.expected_s
 
-    def is_hung(self, now: float, iteration_s: float, hang_s: float = HANG_S) -> bool:
+    def is_hung(self, now: float, iteration_s: float, guessed: bool = False) -> bool:
         """See the module; ``iteration_s`` is the longest iteration that is expected."""
-        return now - self.alive_at > hang_s + HANG_FACTOR * iteration_s
+        limit_s = GUESSED_HANG_S if guessed else HANG_S
+        return now - self.alive_at > limit_s + HANG_FACTOR * iteration_s
 
     def suspect(self, now: float) -> float:
         """Suspend it; returns for how long, in seconds."""

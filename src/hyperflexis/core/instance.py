@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from ..errors import IllegalTransition
-from .health import HANG_S
 from .latency import Coefficients
 
 
@@ -70,7 +69,8 @@ class InstanceInfo:
     where other instances get the KV of its requests (empty: it gives none), ``kv_bytes_per_token`` how much that is.
     ``labels`` say where it is, by the names of TOPOLOGY. ``weights_address`` is where others get its weights (empty: it
     gives none), ``weights_digest`` says which these are (empty: none yet, or its engine does not know),
-    ``weights_bytes`` how much that is. ``hang_s`` is how long it may be silent at work (health.py).
+    ``weights_bytes`` how much that is. ``guessed``: its iterations are not measured but guessed from what
+    comes of them.
     """
 
     id: str
@@ -91,7 +91,7 @@ class InstanceInfo:
     weights_address: str = ""
     weights_digest: str = ""
     weights_bytes: int = 0
-    hang_s: float = HANG_S
+    guessed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

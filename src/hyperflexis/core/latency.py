@@ -32,8 +32,6 @@ REFRESH_EVERY = 16
 """The estimate that is given out changes once in this many iterations (at first in fewer, since it learns faster then),
 so that what is derived from it can be kept."""
 
-GUESS = 0.01
-"""The strength of a prior that was made for other hardware or another model: it may be wrong tenfold."""
 SURPRISE = 3.0
 PATIENCE = 32
 
@@ -191,9 +189,8 @@ def attention_of(chunks: Iterable[tuple[int, int]]) -> float:
 class OnlineFit:
     """Non-negative recursive least squares towards a prior, one observation an iteration.
 
-    ``prior_strength`` is how many observations the prior is worth along each direction; below 1 it is a guess, and the
-    first PATIENCE observations are learnt from whole, however far from it they are. ``forgetting`` weighs older
-    observations down so that a device that slows (heat, neighbours) is followed.
+    ``prior_strength`` is how many observations the prior is worth along each direction; ``forgetting`` weighs
+    older observations down so that a device that slows (heat, neighbours) is followed.
     """
 
     def __init__(self, prior: Coefficients, prior_strength: float = 4.0, forgetting: float = 0.995) -> None:
@@ -203,7 +200,6 @@ class OnlineFit:
         self._scale = [max(c, floor) for c in self._theta]
         self._p = [[(1.0 / prior_strength if i == j else 0.0) for j in range(5)] for i in range(5)]
         self._p_max = 1.0 / prior_strength
-        self._whole = PATIENCE if prior_strength < 1.0 else 0
         self._forgetting = forgetting
         self._curve = prior.curve
         self._last_row: Row | None = None
@@ -256,14 +252,13 @@ class OnlineFit:
                 q90 = 0.0 if q90 < 0.0 else 1.0 if q90 > 1.0 else q90
                 same = near and last is not None and _near(kv, last[3])
                 repeats = repeats + 1 if same else 0
-                whole = self.observations <= self._whole
-                if same and repeats % 64 and not whole:
+                if same and repeats % 64:
                     # Steady state: the direction is known, only the level may drift.
                     bias *= 1.0 + 0.02 * (-0.5 if error < -0.5 else 0.5 if error > 0.5 else error)
                     bias = 0.2 if bias < 0.2 else 5.0 if bias > 5.0 else bias
                 else:
                     last = self._last_row = (x1, x2, x3, kv)
-                    self._update(last, (seconds if whole else min(seconds, 5.0 * predicted)) / bias)
+                    self._update(last, min(seconds, 5.0 * predicted) / bias)
                     base = theta[0] + theta[1] * x1 + theta[2] * x2 + theta[3] * x3
                     near = True
                 if self.observations == self._refresh_at:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..core.health import HANG_S
 from ..core.instance import RequestProgress
 from ..core.latency import Coefficients
 from ..core.launch import Phase as StartPhase
@@ -28,7 +27,8 @@ class EngineInfo:
     """What an engine is, known once it has started. Sizes in tokens; ``latency`` is the prior of the fit. Other
     instances get the KV of its requests at ``kv_address`` (empty: nowhere), ``kv_bytes_per_token`` for each token,
     and its weights at ``weights_address``: those with ``weights_digest`` (empty: none yet, or it does not know), of
-    ``weights_bytes``. ``hang_s``: silent at work for longer than that, it hangs (core/health.py)."""
+    ``weights_bytes``. ``guessed``: its iterations are not measured but guessed
+    from what comes of them."""
 
     model: str
     engine: str
@@ -44,7 +44,7 @@ class EngineInfo:
     weights_address: str = ""
     weights_digest: str = ""
     weights_bytes: int = 0
-    hang_s: float = HANG_S
+    guessed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -259,7 +259,7 @@ class InstanceHost:
             weights_address=engine.weights_address,
             weights_digest=engine.weights_digest,
             weights_bytes=engine.weights_bytes,
-            hang_s=engine.hang_s,
+            guessed=engine.guessed,
         )
         self._move(InstanceState.STANDBY)
         if not standby:

@@ -24,9 +24,9 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from ..core.health import SERVER_HANG_S
+from ..core.cold_fit import ColdFit
 from ..core.instance import RequestProgress
-from ..core.latency import GUESS, Coefficients, OnlineFit
+from ..core.latency import Coefficients
 from ..core.links import KvSource
 from ..core.profile import Profile
 from ..core.weights import LoadWeights
@@ -42,8 +42,9 @@ FIRST_TOKEN_LIMIT_S = 60.0
 """A server that has just started compiles at its first request."""
 MAX_FAILURES = 3
 """Health probes in a row that may fail before the server counts as gone. A busy server may miss one."""
-WINDOW = 8
-"""Tokens over which gaps are averaged: single ones are mostly the network's and the reader's jitter."""
+WINDOW, WINDOW_S = 8, 0.2
+"""Tokens, and seconds, over which gaps are averaged, at least: single ones are mostly the network's and the reader's
+jitter."""
 BYTES_PER_TOKEN = 4
 """Of a prompt whose ids are not known, until the server tells; English text has about four."""
 MAX_ERROR_BYTES = 1 << 16
@@ -53,7 +54,9 @@ is an error of the server."""
 FALLBACK_CONTEXT = 131_072
 """For servers that do not tell theirs. Large, since the server itself refuses what is too long."""
 FALLBACK_LATENCY = Coefficients(0.015, 5e-5, 2e-9, 5e-5, 5e-8, 0.5)
-"""Where the fit starts without a profile: about an 8B model on an accelerator of 300 TFLOPS; learned within seconds."""
+FALLBACK_SPREAD = 10.0
+"""Where the fit starts without a profile: about an 8B model on an accelerator of 300 TFLOPS, or something ten times as
+fast or slow."""
 _OURS = ("slo", "priority", "service_tier", "n")
 """Fields of the body that are for the gateway. It sends each choice as a request of its own."""
 _log = logging.getLogger(__name__)
@@ -140,8 +143,8 @@ class OpenAIEngine:
         self._model = config.server_model or config.model
         prior = config.profile.coefficients if config.profile is not None else FALLBACK_LATENCY
         self._prior = prior
-        # A profile was made for another server: it is worth one observation.
-        self._fit = OnlineFit(prior, prior_strength=1.0 if config.profile is not None else GUESS)
+        spread = FALLBACK_SPREAD if config.profile is None else 1.0
+        self._fit = ColdFit(prior, spread, refresh_every=1)
         self._counters = _Counters()
         self._streams: dict[object, ServerStream] = {}
         self._pending: dict[object, Emission] = {}
@@ -204,7 +207,7 @@ class OpenAIEngine:
             max_batch_tokens=profile.max_batch_tokens if profile is not None else 8192,
             returns_token_ids=config.token_ids,
             latency=self._prior,
-            hang_s=SERVER_HANG_S,
+            guessed=True,
         )
 
     async def load(self, order: LoadWeights) -> Loaded:
@@ -560,7 +563,7 @@ class OpenAIEngine:
             n = window.iterations = window.iterations + num_tokens
             window.decodes += len(running) * num_tokens
             window.kv_tokens += sum(one.num_prompt_tokens + one.num_output_tokens for one in running) * num_tokens
-            if n >= WINDOW:
+            if n >= WINDOW and now - window.began_at >= WINDOW_S:
                 # The model is linear: the mean of shapes takes the mean of times.
                 shape = (round(window.prefill_tokens / n), window.attention / n, round(window.decodes / n))
                 self._fit.observe(*shape, round(window.kv_tokens / n), (now - window.began_at) / n)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hyperflexis.core.health import FIRST_HOLD_S, HANG_FACTOR, HANG_S, MAX_HOLD_S, SERVER_HANG_S, SLOW_FACTOR, Health
+from hyperflexis.core.health import FIRST_HOLD_S, GUESSED_HANG_S, HANG_FACTOR, HANG_S, MAX_HOLD_S, SLOW_FACTOR, Health
 
 
 def steady(health: Health, ratio: float, seconds: float, now: float = 0.0) -> float:
@@ -22,8 +22,8 @@ def test_hanging_is_measured_in_iterations() -> None:
     assert health.is_hung(10.0 + HANG_S + 1.1 * HANG_FACTOR, 1.0)
     health.worked(12.0, 0.1, 0.1)
     assert not health.is_hung(12.0 + HANG_S, 0.01)
-    assert not health.is_hung(12.0 + 0.9 * SERVER_HANG_S, 0.01, SERVER_HANG_S)
-    assert health.is_hung(12.0 + 1.1 * SERVER_HANG_S, 0.01, SERVER_HANG_S)
+    assert not health.is_hung(12.0 + 0.9 * GUESSED_HANG_S, 0.01, guessed=True)
+    assert health.is_hung(12.0 + 1.1 * GUESSED_HANG_S, 0.01, guessed=True)
 
 
 @pytest.mark.parametrize("usual", [0.5, 1.0, 2.0, 5.0])

@@ -38,12 +38,12 @@ import vllm
 
 from ... import __version__
 from ...batcher import Counters
-from ...core.latency import GUESS, OnlineFit
+from ...core.cold_fit import ColdFit
 from ...errors import ProtocolError
 from ...policy import step
 from ...policy.step import StepLimits
 from ...sequences import Queues, Sequence
-from ..openai import FALLBACK_LATENCY
+from ..openai import FALLBACK_LATENCY, FALLBACK_SPREAD
 from .terms import KEY, PROBE, REPORT_EVERY_S, REPORTS_VARIABLE, Capabilities, Promise, StepReport
 
 TESTED = ("0.32",)
@@ -128,7 +128,7 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is not there w
         self._partial: dict[str, Sequence] = {}
         self._allowed: dict[str, int] = {}
         self._steps: deque[_Step] = deque()
-        self._fit = OnlineFit(FALLBACK_LATENCY, prior_strength=GUESS)
+        self._fit = ColdFit(FALLBACK_LATENCY, FALLBACK_SPREAD)
         self._ended_at = 0.0
         self._told_at = 0.0
         self._counters = Counters()

@@ -1,0 +1,105 @@
+"""The iteration latency of a device that nobody has measured, learnt from what it does.
+
+The fit of latency.py stays close to a profile. This one starts at a guess that may be wrong tenfold, from observations
+that are rough: those of a vLLM server begin while it may still be busy with others, and are seen through a network.
+
+    estimate     recursive least squares on relative errors, in units of the guess, none negative
+    forgetting   only along the direction of an observation: what was learnt of prompts is not lost over a thousand
+                 decodes (Hägglund, Recursive estimation of slowly time-varying parameters, IFAC 1985)
+    too fast     nothing is twice as fast as it can be by accident: FAST_PATIENCE such observations in a row, and what
+                 was learnt before, of a busy machine, is a guess again
+    too slow     by accident is common: once some is known, an observation counts as at most twice as slow as expected
+"""
+
+from __future__ import annotations
+
+from math import inf
+
+from .latency import REFRESH_EVERY, Coefficients
+
+TOO_FAST = 0.5
+FAST_PATIENCE = 4
+KNOWN = 32
+"""Observations after which some is known."""
+NOISE = 0.1
+"""Of the relative error of an observation, squared: single ones on a busy host are off by a third."""
+FORGETTING = 0.99
+FARTHEST = 3.0
+"""An observation is weighed by what was predicted, within this factor of what was seen."""
+
+
+class ColdFit:
+    """A fit that begins at ``guess``, whose coefficients may be wrong by a factor of about ``spread``. ``coefficients``
+    change at most once in ``refresh_every`` observations."""
+
+    def __init__(self, guess: Coefficients, spread: float, refresh_every: int = REFRESH_EVERY) -> None:
+        self._theta = [guess.c0, guess.c1, guess.c2, guess.c3, guess.c4]
+        self._scale = [max(c, 1e-7 * max(guess.c0, 1e-6)) for c in self._theta]
+        self._variance = spread * spread
+        self._q90 = guess.q90
+        self._refresh_every = refresh_every
+        self._refresh_at = 1
+        self._seen = 0
+        self.coefficients = guess
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing is known but by guess."""
+        self._p = [[self._variance if i == j else 0.0 for j in range(5)] for i in range(5)]
+        self._known_at = self._seen + KNOWN
+        self._fast = 0
+
+    def observe(
+        self, prefill_tokens: float, attention: float, decodes: float, kv_tokens: float, seconds: float
+    ) -> None:
+        """Take in an iteration's shape (see latency.py), or the mean of some, and how long it took.
+
+        Durations that are not positive and finite are ignored.
+        """
+        if not 0.0 < seconds < inf:
+            return
+        self._seen += 1
+        theta = self._theta
+        row = (1.0, prefill_tokens, attention, decodes, kv_tokens)
+        predicted = sum([c * x for c, x in zip(theta, row, strict=True)])
+        self._fast = self._fast + 1 if seconds < TOO_FAST * predicted else 0
+        if self._fast >= FAST_PATIENCE:
+            self._begin()
+        weight_s = min(max(predicted, seconds / FARTHEST), seconds * FARTHEST)
+        error = (seconds - predicted) / weight_s
+        if self._seen > self._known_at:
+            error = min(error, 1.0)
+        self._update([k * x / weight_s for k, x in zip(self._scale, row, strict=True)], error)
+        self._q90 = min(max(self._q90 + (0.018 if error > self._q90 else -0.002), 0.0), 1.0)
+        if self._seen >= self._refresh_at:
+            self._refresh_at += min(self._refresh_every, 1 + self._seen // 8)
+            c0, c1, c2, c3, c4 = theta
+            self.coefficients = Coefficients(c0, c1, c2, c3, c4, self._q90)
+
+    def _update(self, y: list[float], error: float) -> None:
+        """``y`` is the observation in units of the guess, over its weight."""
+        p, scale, theta = self._p, self._scale, self._theta
+        py = [sum([a * b for a, b in zip(line, y, strict=True)]) for line in p]
+        known = sum([a * b for a, b in zip(py, y, strict=True)])
+        if known <= 0.0:
+            return
+        # What is known along y fades, down to what a guess knows of it.
+        faded = min(known / FORGETTING, max(known, self._variance * sum([v * v for v in y])))
+        gain = faded / (known * (faded + NOISE))
+        change = (faded - known) / (known * known) - (faded / known) ** 2 / (faded + NOISE)
+        p = self._p = [
+            [v + change * a * b for v, b in zip(line, py, strict=True)] for a, line in zip(py, p, strict=True)
+        ]
+        for i, moved in enumerate(py):
+            theta[i] += gain * moved * error * scale[i]
+            shrink = 1.0
+            if theta[i] < 0.0:
+                theta[i] = shrink = 0.0  # it is cut off: the others do not make up for what it did not do
+            if p[i][i] > self._variance:  # no coefficient is less known than by guess
+                shrink = min(shrink, (self._variance / p[i][i]) ** 0.5)
+            if shrink < 1.0:
+                own = min(p[i][i], self._variance)
+                p[i] = [v * shrink for v in p[i]]
+                for other in p:
+                    other[i] *= shrink
+                p[i][i] = own
