@@ -24,8 +24,7 @@ from .engines.profiles import load_profile
 from .errors import HyperFlexisError
 from .launch.local import process_age_s
 from .policy.catalog import STEPS, StepFunctions
-
-TOKEN_VARIABLE = "HYPERFLEXIS_KV_TOKEN"
+from .transfer.auth import TOKEN_VARIABLE
 
 
 async def run(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ import ctypes
 import errno
 import mmap
 import os
+import weakref
 
 from ..errors import HyperFlexisError
 
@@ -48,15 +49,24 @@ class Arena:
 
 
 class Mapped:
-    """The arena of another process. It may be written here, and the other does not see it: a page is copied then."""
+    """The arena of another process. It may be written here, and the other does not see it: a page is copied then.
+    ``descriptor``: by which it can be mapped once more, also when the other has ended."""
 
     def __init__(self, descriptor: int, size: int) -> None:
         """Raises OSError when it cannot be mapped, or is not so large: that would be a bus error later."""
         if os.fstat(descriptor).st_size != size:
             raise OSError(f"shared memory of {os.fstat(descriptor).st_size} bytes, not {size}")
+        self.size = size
         self._memory = mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         self.view = memoryview(self._memory)
         self.address = _address(self._memory)
+        self.descriptor: int | None = os.dup(descriptor)
+        self._closing = weakref.finalize(self, os.close, self.descriptor)
+
+    def release(self) -> None:
+        """See Arena."""
+        self._closing()
+        self.descriptor = None
 
     def prepare(self, start: int, stop: int) -> None:
         """These bytes are to be read next: have their pages mapped at once, which takes half of the time of a fault for
