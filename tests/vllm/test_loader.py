@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
@@ -12,10 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from tests.vllm.servers import ENV, SMALL, START_LIMIT_S, Server, Servers, recipe
 
+from hyperflexis.engines.vllm.sleep import Sleeper
 from hyperflexis.engines.vllm.weights import EPOCH, NAME, Model, configuration
+from hyperflexis.errors import HyperFlexisError
 from hyperflexis.make_model import Recipe, make_model
 from hyperflexis.transfer.auth import TOKEN_VARIABLE
 from hyperflexis.transfer.weights import WeightServer
@@ -50,10 +54,11 @@ class Loading:
         self.folder = folder
         self._stack = ExitStack()
 
-    def start(self, name: str, **extra: object) -> tuple[Server, Log]:
+    def start(self, name: str, standby: bool = False, **extra: object) -> tuple[Server, Log]:
         arguments = (*SMALL, "--load-format", "hyperflexis", "--model-loader-extra-config", json.dumps(extra))
         log = self.folder / f"{name}.log"
-        one = replace(recipe(self.model, "stock", arguments), env={**ENV, TOKEN_VARIABLE: TOKEN})
+        env = {**ENV, TOKEN_VARIABLE: TOKEN} | ({"VLLM_SERVER_DEV_MODE": "1"} if standby else {})
+        one = replace(recipe(self.model, "stock", arguments), env=env)
         server = Server(one, log)
         self._stack.callback(server.stop)
         return server, Log(log)
@@ -134,11 +139,26 @@ def test_weights_from_others_are_those_on_disk_and_what_is_not_is_left(
 
     # A chain: the first has ended, and who comes third gets what it gave.
     first.stop()
-    third, log = loading.start("third", sources=[tcp, local])
+    third, log = loading.start("third", standby=True, sources=[tcp, local])
     third.wait_ready()
     assert "refused" in log.wait_for(f"no weights from {tcp} over tcp")
     log.wait_for(f"weights from {local} over shared memory")
     assert answers(third.url) == disk
+    asyncio.run(sleep_and_wake(third.url, local))
+    assert log.text.count(f"weights from {local} over shared memory") == 2
+    assert answers(third.url) == disk
+
+
+async def sleep_and_wake(url: str, source: str) -> None:
+    """vLLM's endpoints take what the adapter sends. On a CPU none of it frees memory, which is found out."""
+    async with aiohttp.ClientSession() as session:
+        sleeper = Sleeper(url, session)
+        with pytest.raises(HyperFlexisError, match="its sleep mode is off"):
+            await sleeper.check()
+        with pytest.raises(HyperFlexisError, match="the server is awake"):
+            await sleeper.wake([source])
+        await sleeper.sleep()
+        await sleeper.wake([source])
 
 
 def test_a_setting_that_is_none_is_named(model: Path) -> None:

@@ -82,7 +82,7 @@ class Loader(DefaultModelLoader):  # type: ignore[misc]
             raise ValueError(str(error)) from error
         self._main: Any = None
         self.counter_before_loading_weights = 0.0
-        self._gives = False
+        self._gives = self._keeps = False
         # What is read from disk, vLLM reads as ever.
         super().__init__(replace(load_config, load_format="auto", model_loader_extra_config={}))
 
@@ -97,7 +97,7 @@ class Loader(DefaultModelLoader):  # type: ignore[misc]
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
         """See vLLM's. What came from disk is kept for others after that."""
         super().load_weights(model, model_config)
-        if self._gives and not _given:
+        if self._keeps:
             threading.Thread(target=self._keep, args=(model_config,), name="weights-keep", daemon=True).start()
 
     def get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Weights:
@@ -125,7 +125,9 @@ class Loader(DefaultModelLoader):  # type: ignore[misc]
         for own in _given:
             if own.path == source.model_or_path and self._settings.digest in ("", own.digest):
                 return own.shard
-        shard, attempts = take(self._model(self._main), self._settings, self._token)
+        # Files that are to be downloaded are not compared with.
+        model = self._model(self._main, os.path.isdir(source.model_or_path))
+        shard, attempts = take(model, self._settings, self._token)
         for one in attempts:
             if one.problem:
                 _log.warning("no weights from %s over %s: %s", one.source, one.path, one.problem)
@@ -134,12 +136,13 @@ class Loader(DefaultModelLoader):  # type: ignore[misc]
                 _log.info("weights from %s over %s: %d bytes at %.2f GB/s", one.source, one.path, size, speed)
         if shard is None and attempts:
             _log.warning("no source gave the weights of %s: they are read from disk", source.model_or_path)
+        self._keeps = self._gives and shard is None
         return shard
 
-    def _model(self, model_config: Any) -> Model:
+    def _model(self, model_config: Any, are_files_here: bool) -> Model:
         config = get_hf_file_to_dict("config.json", model_config.model, model_config.revision) or {}
         files: tuple[Path, ...] = ()
-        if os.path.isdir(model_config.model):
+        if are_files_here:
             try:
                 _, found, are_safetensors, _ = self._prepare_weights(model_config.model, None, None, True, None)
             except RuntimeError:  # there are none
@@ -150,9 +153,9 @@ class Loader(DefaultModelLoader):  # type: ignore[misc]
     def _keep(self, model_config: Any) -> None:
         """Give what is on disk, from memory."""
         try:
-            model = self._model(model_config)
+            model = self._model(model_config, are_files_here=True)
             if not model.files:
-                raise HyperFlexisError(f"{model_config.model} has no safetensors files in a directory of this host")
+                raise HyperFlexisError(f"{model_config.model} is not in safetensors files")
             self._give(model_config.model, model.read(shared=True))
         except HyperFlexisError as error:
             _log.warning("no weights are given at %s: %s", self._settings.listen, error)
