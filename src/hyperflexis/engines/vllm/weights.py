@@ -121,7 +121,7 @@ class Model:
         with ExitStack() as stack:
             stored = _stored(stack, self.files)
             layout = _layout(self.configuration, stored)
-            shard = Shard(layout, Arena(layout.size, shared))
+            shard = Shard(layout, Arena(layout.size, shared, large_pages=False))
 
             def fill(name: str, offset: int, at: int) -> None:
                 end = min(at + PIECE, stored[name].size)
@@ -171,7 +171,8 @@ def take(model: Model, settings: Settings, token: str) -> tuple[Shard | None, li
                     taken = Attempt(path, address, manifest.layout.size, time.monotonic() - began)
                     return borrowed, [*attempts, taken]
             if not problem and (shard is None or shard.manifest is None or shard.manifest.digest != manifest.digest):
-                shard = Shard(manifest.layout, Arena(manifest.layout.size, settings.listen is not None))
+                arena = Arena(manifest.layout.size, settings.listen is not None, large_pages=False)
+                shard = Shard(manifest.layout, arena)
         except BlockingIOError:
             problem = "it said nothing in time"
         except (*BROKEN, HyperFlexisError) as error:
