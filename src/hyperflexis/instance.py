@@ -24,8 +24,7 @@ from .engines.profiles import load_profile
 from .errors import HyperFlexisError
 from .launch.local import process_age_s
 from .policy.catalog import STEPS, StepFunctions
-
-TOKEN_VARIABLE = "HYPERFLEXIS_KV_TOKEN"
+from .transfer.auth import TOKEN_VARIABLE
 
 
 async def run(args: argparse.Namespace) -> None:
@@ -71,7 +70,10 @@ def fleet_token(**listen: str | None) -> str:
 def build(args: argparse.Namespace, token: str) -> base.Engine:
     """The engine, not yet started. It gives KV and weights to those that know the fleet's ``token``."""
     if args.weights_listen is not None and args.engine != "torch":
-        raise HyperFlexisError("--weights-listen is for the engine that has weights to give: torch")
+        raise HyperFlexisError(
+            "--weights-listen is for the engine that has weights to give: torch; servers of vLLM give them with "
+            "--load-format hyperflexis among their --arguments"
+        )
     step = STEPS[args.step]
     match _options(args):
         case TorchArgs() as options:

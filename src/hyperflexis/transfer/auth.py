@@ -23,6 +23,8 @@ from ..errors import ProtocolError
 from .links import Refusal
 from .transport import Channel, decode
 
+TOKEN_VARIABLE = "HYPERFLEXIS_KV_TOKEN"
+"""Where processes find the fleet's token."""
 NONCE_BYTES = 32
 
 

@@ -22,7 +22,7 @@ from typing import TypeVar
 
 import msgspec
 
-from ..core.weights import Attempt, Path, WeightSource
+from ..core.weights import Attempt, Manifest, Path, WeightSource
 from ..errors import ProtocolError
 from . import arena, auth, tcp
 from .links import Gone, Refusal
@@ -93,7 +93,7 @@ class Fetcher:
         is copied and nothing digested. Raises what is in BROKEN."""
         with self._connected(source) as channel:
             self._expect(channel)
-            return self._map(channel)
+            return _map(channel, source, self._shard.layout.size, self._config)
 
     def cancel(self) -> None:
         """``run`` ends soon."""
@@ -117,7 +117,7 @@ class Fetcher:
     def _from(self, source: WeightSource) -> None:
         with self._connected(source) as channel:
             self._expect(channel)
-            mapped = self._map(channel) if self._config.share and tcp.is_local(source.address) else None
+            mapped = _map(channel, source, self._shard.layout.size, self._config)
             chunks = list(self._shard.layout.chunks(self._shard.missing(), self._config.chunk_bytes))
             lanes = [chunks[lane :: self._config.sockets] for lane in range(self._config.sockets)]
             problems: list[Exception] = []
@@ -152,10 +152,7 @@ class Fetcher:
                 if self._cancelled:
                     raise Refusal("the instance stopped")
                 self._channels.add(channel)
-            channel.limit_receive(self._config.silence_s)
-            layout = self._shard.layout
-            hello = auth.Hello(VERSION, auth.nonce(), source.instance, source.epoch, layout.rank, layout.ranks)
-            auth.ask_in(channel, hello, self._config.token)
+            _ask_in(channel, source, self._config, self._shard.layout.rank, self._shard.layout.ranks)
             yield channel
         finally:
             with self._lock:
@@ -166,39 +163,11 @@ class Fetcher:
     def _expect(self, channel: SocketChannel) -> None:
         """Hear which weights they are. Raises Refusal when they are not wanted."""
         channel.send(encode(Describe()))
-        answer = self._hear(channel, _DESCRIBED)
+        answer = _hear(channel, _DESCRIBED, self._config)
         wanted, found = self._config.digest, answer.manifest.digest
         if wanted and wanted != found:
             raise Refusal(f"its weights have digest {found}, and {wanted} are wanted")
         self._shard.expect(answer.manifest)
-
-    def _hear(self, channel: SocketChannel, decoder: msgspec.msgpack.Decoder[T | Gone | Alive]) -> T:
-        """What the source says next, besides that it lives. Raises Refusal when it has nothing more, or nothing new for
-        too long."""
-        until = time.monotonic() + self._config.patience_s
-        while True:
-            news = channel.receive(lambda frame: decoder.decode(frame.header))
-            if isinstance(news, Gone):
-                raise Refusal(news.reason)
-            if not isinstance(news, Alive):
-                return news
-            if time.monotonic() > until:
-                raise Refusal(f"it has had nothing new for {self._config.patience_s:g} s")
-
-    def _map(self, channel: SocketChannel) -> arena.Mapped | None:
-        """The source's memory; None when it does not share it, or it cannot be mapped here."""
-        channel.send(encode(Map()))
-        answer = self._hear(channel, _MAPPED)
-        if not answer.size:
-            return None
-        data, descriptors, _, _ = socket.recv_fds(channel.sock, 1, 1)
-        try:
-            if not data:
-                raise ConnectionResetError("closed by the peer")
-            return arena.Mapped(descriptors[0], self._shard.layout.size) if descriptors else None
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
 
     def _take(self, channel: SocketChannel, lane: list[range], mapped: arena.Mapped | None) -> None:
         """All chunks of a lane. Raises Refusal when the source has no more."""
@@ -206,7 +175,7 @@ class Fetcher:
         for chunk in lane:
             at = chunk.start
             while at < chunk.stop:
-                come = self._hear(channel, _NEWS)
+                come = _hear(channel, _NEWS, self._config)
                 if come.first != at or not at < come.end <= chunk.stop:
                     raise ProtocolError(f"blocks {come.first} to {come.end} came, not {at} to {chunk.stop}")
                 self._place(channel, range(at, come.end), mapped)
@@ -227,3 +196,55 @@ class Fetcher:
                 channel.receive_bytes(own.view[at:end])
             self._shard.arrived(block)
             at = end
+
+
+def look(source: WeightSource, config: FetchConfig) -> tuple[Manifest, arena.Mapped | None]:
+    """What the only rank of a source has, and its memory as ``attach`` gives it, before there is a shard to put
+    anything in. Raises what is in BROKEN."""
+    channel = SocketChannel(tcp.connect(source.address))
+    try:
+        _ask_in(channel, source, config, rank=0, ranks=1)
+        channel.send(encode(Describe()))
+        manifest = _hear(channel, _DESCRIBED, config).manifest
+        return manifest, _map(channel, source, manifest.layout.size, config)
+    finally:
+        channel.close()
+        channel.release()
+
+
+def _ask_in(channel: SocketChannel, source: WeightSource, config: FetchConfig, rank: int, ranks: int) -> None:
+    channel.limit_receive(config.silence_s)
+    hello = auth.Hello(VERSION, auth.nonce(), source.instance, source.epoch, rank, ranks)
+    auth.ask_in(channel, hello, config.token)
+
+
+def _hear(channel: SocketChannel, decoder: msgspec.msgpack.Decoder[T | Gone | Alive], config: FetchConfig) -> T:
+    """What the source says next, besides that it lives. Raises Refusal when it has nothing more, or nothing new for
+    too long."""
+    until = time.monotonic() + config.patience_s
+    while True:
+        news = channel.receive(lambda frame: decoder.decode(frame.header))
+        if isinstance(news, Gone):
+            raise Refusal(news.reason)
+        if not isinstance(news, Alive):
+            return news
+        if time.monotonic() > until:
+            raise Refusal(f"it has had nothing new for {config.patience_s:g} s")
+
+
+def _map(channel: SocketChannel, source: WeightSource, size: int, config: FetchConfig) -> arena.Mapped | None:
+    """The source's memory; None when it is elsewhere or not shared, or cannot be mapped here."""
+    if not (config.share and tcp.is_local(source.address)):
+        return None
+    channel.send(encode(Map()))
+    answer = _hear(channel, _MAPPED, config)
+    if not answer.size:
+        return None
+    data, descriptors, _, _ = socket.recv_fds(channel.sock, 1, 1)
+    try:
+        if not data:
+            raise ConnectionResetError("closed by the peer")
+        return arena.Mapped(descriptors[0], size) if descriptors else None
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)

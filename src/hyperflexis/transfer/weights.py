@@ -33,7 +33,7 @@ from xxhash import xxh3_128_digest
 
 from ..core.weights import Ledger, Manifest, WeightLayout, difference
 from ..errors import ProtocolError
-from .arena import Arena
+from .arena import Arena, Mapped
 from .auth import Hello, let_in
 from .links import Gone, Refusal
 from .listener import Listener
@@ -97,7 +97,7 @@ _ALIVE = encode(Alive())
 class Shard:
     """One rank's weights in this process's memory, as far as they are there. Threads wait here for more to come."""
 
-    def __init__(self, layout: WeightLayout, arena: Arena) -> None:
+    def __init__(self, layout: WeightLayout, arena: Arena | Mapped) -> None:
         assert arena.size == layout.size
         self.layout = layout
         self.arena = arena

@@ -9,7 +9,6 @@ Several threads read, each a piece at a time into memory that is touched already
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -18,11 +17,12 @@ from math import prod
 from pathlib import Path
 from queue import SimpleQueue
 
-import msgspec
 import torch
 from torch import Tensor
 
 from ...errors import HyperFlexisError
+from .. import safetensors
+from ..safetensors import DTYPE_BYTES, Stored
 from .config import ModelConfig
 from .model import STRIP, Layer, Linear, Weights
 
@@ -32,8 +32,6 @@ READERS = 4
 """Threads that read a checkpoint: a virtual disk gives its rate to two requests at once, the others turn meanwhile."""
 PIECE = 8 << 20
 """Bytes that a thread reads at once."""
-_MAX_HEADER = 100 << 20
-"""The limit of the safetensors format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,30 +134,7 @@ def assemble(config: ModelConfig, kept: Mapping[str, Tensor]) -> Weights:
     return Weights(embedding, tuple(layers()), kept["model.norm.weight"], head)
 
 
-class _Entry(msgspec.Struct):
-    dtype: str
-    shape: tuple[int, ...]
-    data_offsets: tuple[int, int]
-
-
-class _Index(msgspec.Struct):
-    weight_map: dict[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """A tensor in a file: bytes from ``start`` on."""
-
-    path: Path
-    descriptor: int
-    dtype: torch.dtype
-    shape: Shape
-    start: int
-
-
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_HEADER = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_ENTRY = msgspec.json.Decoder(_Entry)
 
 
 def read(directory: Path, config: ModelConfig, kept: Mapping[str, Tensor], readers: int = READERS) -> None:
@@ -169,18 +144,22 @@ def read(directory: Path, config: ModelConfig, kept: Mapping[str, Tensor], reade
     """
     shapes = expected_shapes(config)
     with ExitStack() as stack:
-        stored: dict[str, _Stored] = {}
-        for path in _files(directory):
-            stored |= _open(stack, path)
+        stored: dict[str, Stored] = {}
+        for path in safetensors.files_of(directory):
+            stored |= safetensors.tensors_of(stack, path)
         _check_names(directory, set(shapes), set(stored), config)
         for name, shape in shapes.items():
             if stored[name].shape != shape:
                 raise HyperFlexisError(
                     f"{directory}: tensor {name} has shape {stored[name].shape}, config.json asks for {shape}"
                 )
+            if stored[name].dtype not in _DTYPES:
+                raise HyperFlexisError(
+                    f"{stored[name].path}: tensor {name} is of type {stored[name].dtype}, which is not supported"
+                )
         _, where = parts(config)
         order = sorted(shapes, key=lambda name: (stored[name].path, stored[name].start))
-        largest_row = max(prod(one.shape[1:]) * one.dtype.itemsize for one in stored.values())
+        largest_row = max(prod(one.shape[1:]) * DTYPE_BYTES[one.dtype] for one in stored.values())
         buffers: SimpleQueue[bytearray] = SimpleQueue()
         for _ in range(readers):
             buffers.put(bytearray(max(PIECE, largest_row)))
@@ -190,18 +169,18 @@ def read(directory: Path, config: ModelConfig, kept: Mapping[str, Tensor], reade
                 one.result()
 
 
-def _fill(stored: _Stored, into: Tensor, first: int | None, buffers: SimpleQueue[bytearray]) -> None:
+def _fill(stored: Stored, into: Tensor, first: int | None, buffers: SimpleQueue[bytearray]) -> None:
     """One tensor, in pieces of whole rows."""
     rows = stored.shape[0]
-    row_bytes = prod(stored.shape[1:]) * stored.dtype.itemsize
+    row_bytes = prod(stored.shape[1:]) * DTYPE_BYTES[stored.dtype]
     most = max(PIECE // row_bytes, 1)
     buffer = buffers.get()
     try:
         for row in range(0, rows, most):
             count = min(most, rows - row)
             data = memoryview(buffer)[: count * row_bytes]
-            _read_exactly(stored, stored.start + row * row_bytes, data)
-            piece = torch.frombuffer(data, dtype=stored.dtype).view(count, *stored.shape[1:]).to(into.device)
+            safetensors.read(stored, row * row_bytes, data)
+            piece = torch.frombuffer(data, dtype=_DTYPES[stored.dtype]).view(count, *stored.shape[1:]).to(into.device)
             if first is None:
                 into[row : row + count].copy_(piece)
                 continue
@@ -212,58 +191,6 @@ def _fill(stored: _Stored, into: Tensor, first: int | None, buffers: SimpleQueue
                 into[..., begin : begin + strip.shape[0]].copy_(strip.t())
     finally:
         buffers.put(buffer)
-
-
-def _read_exactly(stored: _Stored, at: int, into: memoryview) -> None:
-    try:
-        while into:
-            count = os.preadv(stored.descriptor, [into], at)
-            if not count:
-                raise OSError("the file ends too early")
-            into, at = into[count:], at + count
-    except OSError as error:
-        raise HyperFlexisError(f"{stored.path}: cannot be read ({error}); download or make the model again") from error
-
-
-def _files(directory: Path) -> list[Path]:
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()
-        except msgspec.DecodeError as error:
-            raise HyperFlexisError(f"{index}: {error}") from error
-        return [directory / name for name in sorted(set(names))]
-    if single.exists():
-        return [single]
-    raise HyperFlexisError(
-        f"{directory}: neither model.safetensors nor model.safetensors.index.json is here; other formats (.bin, .gguf) "
-        "are not read, convert the model to safetensors"
-    )
-
-
-def _open(stack: ExitStack, path: Path) -> dict[str, _Stored]:
-    """The tensors of a safetensors file: a length (u64, little endian), a JSON header, and the tensors' bytes."""
-    try:
-        file = stack.enter_context(path.open("rb", buffering=0))
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= min(size - 8, _MAX_HEADER):
-            raise ValueError("it has no header")
-        entries = _HEADER.decode(file.read(length))
-        entries.pop("__metadata__", None)
-        found: dict[str, _Stored] = {}
-        for name, raw in entries.items():
-            entry = _ENTRY.decode(raw)
-            start, end = entry.data_offsets
-            dtype = _DTYPES.get(entry.dtype)
-            if dtype is None:
-                raise ValueError(f"tensor {name} is of type {entry.dtype}, which is not supported")
-            if end - start != prod(entry.shape) * dtype.itemsize or not 0 <= start <= end <= size - 8 - length:
-                raise ValueError(f"tensor {name} is not where the header says")
-            found[name] = _Stored(path, file.fileno(), dtype, entry.shape, 8 + length + start)
-        return found
-    except (OSError, ValueError, msgspec.DecodeError) as error:
-        raise HyperFlexisError(f"{path}: cannot be read ({error}); download or make the model again") from error
 
 
 def _check_names(directory: Path, expected: set[str], found: set[str], config: ModelConfig) -> None:

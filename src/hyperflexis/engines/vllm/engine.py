@@ -25,14 +25,16 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from ...core.weights import LoadWeights, Phase
 from ...errors import HyperFlexisError
 from ...policy.step import StepPolicy
 from ...sequences import Sequence
 from ...wire import Generate
-from ..base import Ending, EngineInfo, EngineReport, Linked, PhaseOver, Sink
+from ..base import Ending, EngineInfo, EngineReport, Linked, Loaded, PhaseOver, Sink
 from ..driver import sequence_of
 from ..openai import OpenAIConfig, OpenAIEngine, ServerStream
 from .server import Recipe, VllmServer, start_server
+from .sleep import Sleeper
 from .terms import MAX_REPORT_BYTES, PROBE, REPORTS_VARIABLE, Capabilities, Promise, StepReport
 from .window import Window
 
@@ -44,6 +46,10 @@ WARM_UP_TOKENS, WARM_UP_OUTPUT, WARM_UP_BATCH = 512, 16, 16
 """Of the requests with which a server is warmed up. Some of the ids in them are in any vocabulary."""
 WARM_UP_ROUNDS = 3
 """What is quickest in any of them counts: the rest of the fleet starts at the same time."""
+CHECK = {"prompt": [1 + 7 * place % 97 for place in range(16)], "temperature": 0, "logprobs": 5}
+"""What a standby is asked before it sleeps and after it woke."""
+CHECK_TOLERANCE = 0.05
+"""In log-probabilities. The same kernels compute both, so they hardly differ; other weights are far off."""
 REPORT_LIVES_S = 2.0
 """Older than this, what the scheduler told last says nothing any more."""
 _log = logging.getLogger(__name__)
@@ -72,6 +78,18 @@ class _Version(msgspec.Struct):
     version: str
 
 
+class _Top(msgspec.Struct):
+    top_logprobs: list[dict[str, float]]
+
+
+class _Check(msgspec.Struct):
+    logprobs: _Top
+
+
+class _Checked(msgspec.Struct):
+    choices: list[_Check] = []
+
+
 class VllmEngine(OpenAIEngine):
     """See the module."""
 
@@ -87,6 +105,8 @@ class VllmEngine(OpenAIEngine):
         self._look: asyncio.TimerHandle | None = None
         self._began = self._clock()
         self._reports = _Reports()
+        self._sleeper: Sleeper | None = None
+        self._fingerprint: dict[str, float] = {}
 
     async def start(
         self,
@@ -98,16 +118,18 @@ class VllmEngine(OpenAIEngine):
         standby: bool = False,
         phase_over: PhaseOver | None = None,
     ) -> EngineInfo:
-        """Start the server, if that is asked for, and find out what it is.
+        """Start the server, if that is asked for, and find out what it is. In ``standby`` it has its weights for the
+        start, and then sleeps.
 
-        Raises HyperFlexisError when it ends or does not answer in time, is no vLLM or too old a one, or does not serve
-        the model.
+        Raises HyperFlexisError when it ends or does not answer in time, is no vLLM or too old a one, does not serve
+        the model, or is to sleep and cannot.
         """
         recipe = self._vllm.recipe
         ended: asyncio.Future[str] | None = None
         if recipe is not None:
             reports = await self._reports.open()
-            self._server = await start_server(replace(recipe, env={**recipe.env, REPORTS_VARIABLE: reports}))
+            env = {**recipe.env, REPORTS_VARIABLE: reports}
+            self._server = await start_server(replace(recipe, standby=standby, env=env))
             self._url = self._server.url
             ended = self._server_ended = asyncio.ensure_future(self._server.ended())
         starting = asyncio.ensure_future(super().start(sink, ending, instance, epoch, linked, standby, phase_over))
@@ -128,10 +150,30 @@ class VllmEngine(OpenAIEngine):
         try:
             prompt = min(WARM_UP_TOKENS, info.max_batch_tokens, info.context_length // 2)
             await self._warm_up(prompt, min(WARM_UP_BATCH, info.max_batch))
+            if standby:
+                await self._lie_down()
         except BaseException:
             await self.stop()
             raise
         return replace(info, latency=self._fit.coefficients)
+
+    async def load(self, order: LoadWeights) -> Loaded:
+        """See the contract. What the server has tried, its log says."""
+        if self._sleeper is None:
+            return await super().load(order)
+        began = self._clock()
+        try:
+            await self._sleeper.wake([source.address for source in order.sources], order.digest)
+            woken = self._clock()
+            problem = "" if await self._agrees() else "the server computes otherwise than before it slept"
+        except HyperFlexisError as error:
+            problem = str(error)
+        if problem:
+            with contextlib.suppress(HyperFlexisError):  # it is a standby in either case
+                await self._sleeper.sleep()
+            return Loaded(problem=problem)
+        await super().load(order)
+        return Loaded(phases=(Phase("transfer", woken - began), Phase("check", self._clock() - woken)))
 
     def report(self) -> EngineReport:
         """As told by the scheduler inside the server, else as seen from here. Raises HyperFlexisError once the server
@@ -217,6 +259,30 @@ class VllmEngine(OpenAIEngine):
             self._fit.observe(num_tokens, 0.5 * num_tokens**2, 0, 0, prefill_s)
             self._fit.observe(0, 0.0, 1, num_tokens, (alone_s - prefill_s) / WARM_UP_OUTPUT)
             self._fit.observe(0, 0.0, batch, batch * few, (together_s - begun_s) / WARM_UP_OUTPUT)
+
+    async def _lie_down(self) -> None:
+        self._sleeper = Sleeper(self._url, self._probes)
+        await self._sleeper.check()
+        self._fingerprint = await self._top_logprobs()
+        if not self._fingerprint:
+            raise HyperFlexisError(
+                f"{self._url} tells no log-probabilities, by which a standby is checked when it wakes"
+            )
+        await self._sleeper.sleep()
+
+    async def _top_logprobs(self) -> dict[str, float]:
+        """After a fixed prompt, by token; empty where the server fails."""
+        try:
+            choices = msgspec.json.decode(await self._one_token(CHECK), type=_Checked).choices
+        except msgspec.DecodeError:
+            return {}
+        return choices[0].logprobs.top_logprobs[0] if choices and choices[0].logprobs.top_logprobs else {}
+
+    async def _agrees(self) -> bool:
+        found, before = await self._top_logprobs(), self._fingerprint
+        return found.keys() == before.keys() and all(
+            abs(found[token] - value) <= CHECK_TOLERANCE for token, value in before.items()
+        )
 
     async def _find_version(self) -> str:
         """Raises HyperFlexisError for what is no vLLM, or one that cannot return token ids."""

@@ -29,13 +29,14 @@ STOP_LIMIT_S = 5.0
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """How to start a server of ``directory``, which it serves as ``name``. ``python``: the interpreter that has vLLM.
-    ``scheduler``: ours inside it. ``arguments`` follow ours and win over them; ``env`` goes on top of this
-    process's environment."""
+    ``scheduler``: ours inside it. ``standby``: it can sleep. ``arguments`` follow ours and win over them; ``env`` goes
+    on top of this process's environment."""
 
     name: str
     directory: Path
     python: str = sys.executable
     scheduler: bool = False
+    standby: bool = False
     max_batch: int | None = None
     max_batch_tokens: int | None = None
     arguments: tuple[str, ...] = ()
@@ -54,7 +55,14 @@ class Recipe:
             words += ["--max-num-seqs", str(self.max_batch)]
         if self.max_batch_tokens is not None:
             words += ["--max-num-batched-tokens", str(self.max_batch_tokens)]
+        if self.standby:
+            words.append("--enable-sleep-mode")
         return [*words, *self.arguments]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of the server. Sleeping is among vLLM's endpoints for developers; it listens at this host alone."""
+        return {**os.environ, **({"VLLM_SERVER_DEV_MODE": "1"} if self.standby else {}), **self.env}
 
 
 class VllmServer:
@@ -101,7 +109,7 @@ async def start_server(recipe: Recipe) -> VllmServer:
         process = await asyncio.create_subprocess_exec(
             *("/bin/sh", "-c", GUARDED, "sh", *recipe.command(port)),
             stdin=asyncio.subprocess.PIPE,
-            env={**os.environ, **recipe.env},
+            env=recipe.environment,
             start_new_session=True,
         )
     except OSError as error:
