@@ -24,7 +24,8 @@ import msgspec
 
 from ..core.weights import Attempt, Path, WeightSource
 from ..errors import ProtocolError
-from . import arena, auth, tcp
+from . import auth, tcp
+from .arena import Foreign, Mapped
 from .links import Gone, Refusal
 from .tcp import SocketChannel
 from .weights import VERSION, Alive, Come, Describe, Described, Fetch, Map, MapAnswer, Shard, encode
@@ -73,6 +74,7 @@ class Fetcher:
         self._lock = threading.Lock()
         self._channels: set[SocketChannel] = set()
         self._cancelled = False
+        self._path: Path = "tcp"
 
     def run(self, sources: Sequence[WeightSource]) -> list[Attempt]:
         """Ask one after the other until the shard is complete, or all have failed."""
@@ -88,7 +90,7 @@ class Fetcher:
                     break
         return attempts
 
-    def attach(self, source: WeightSource) -> arena.Mapped | None:
+    def attach(self, source: WeightSource) -> Foreign | None:
         """The memory of a complete source on this host, to be used where it is; None when it cannot be mapped. Nothing
         is copied and nothing digested. Raises what is in BROKEN."""
         with self._connected(source) as channel:
@@ -104,20 +106,24 @@ class Fetcher:
 
     def _try(self, source: WeightSource) -> Attempt:
         began, before = time.monotonic(), self._shard.bytes_missing()
-        path: Path = "shared memory" if tcp.is_local(source.address) and self._config.share else "tcp"
         problem = ""
+        self._path = "tcp"
         try:
             self._from(source)
         except BlockingIOError:
             problem = f"it said nothing for {self._config.silence_s:g} s"
         except BROKEN as error:
             problem = str(error) or type(error).__name__
-        return Attempt(path, source.instance, before - self._shard.bytes_missing(), time.monotonic() - began, problem)
+        return Attempt(
+            self._path, source.instance, before - self._shard.bytes_missing(), time.monotonic() - began, problem
+        )
 
     def _from(self, source: WeightSource) -> None:
         with self._connected(source) as channel:
-            self._expect(channel)
+            writing = self._expect(channel)
             mapped = self._map(channel) if self._config.share and tcp.is_local(source.address) else None
+            if mapped is not None:
+                self._path = "shared memory" if isinstance(mapped, Mapped) else "device"
             chunks = list(self._shard.layout.chunks(self._shard.missing(), self._config.chunk_bytes))
             lanes = [chunks[lane :: self._config.sockets] for lane in range(self._config.sockets)]
             problems: list[Exception] = []
@@ -139,8 +145,14 @@ class Fetcher:
                     thread.start()
                 for thread in threads:
                     thread.join()
-            if problems:
-                raise problems[0]
+            confirmed = mapped is None
+            try:
+                if problems:
+                    raise problems[0]
+                confirmed = confirmed or self._expect(channel) == writing
+            finally:
+                if not confirmed:
+                    self._shard.recheck(chunks)
             if not self._shard.is_complete:
                 raise ProtocolError("something that was asked for did not come")
 
@@ -163,14 +175,16 @@ class Fetcher:
             channel.close()
             channel.release()
 
-    def _expect(self, channel: SocketChannel) -> None:
-        """Hear which weights they are. Raises Refusal when they are not wanted."""
+    def _expect(self, channel: SocketChannel) -> int:
+        """Hear which weights they are, and how often their memory was written over. Raises Refusal when they are not
+        wanted."""
         channel.send(encode(Describe()))
         answer = self._hear(channel, _DESCRIBED)
         wanted, found = self._config.digest, answer.manifest.digest
         if wanted and wanted != found:
             raise Refusal(f"its weights have digest {found}, and {wanted} are wanted")
         self._shard.expect(answer.manifest)
+        return answer.writing
 
     def _hear(self, channel: SocketChannel, decoder: msgspec.msgpack.Decoder[T | Gone | Alive]) -> T:
         """What the source says next, besides that it lives. Raises Refusal when it has nothing more, or nothing new for
@@ -185,22 +199,24 @@ class Fetcher:
             if time.monotonic() > until:
                 raise Refusal(f"it has had nothing new for {self._config.patience_s:g} s")
 
-    def _map(self, channel: SocketChannel) -> arena.Mapped | None:
+    def _map(self, channel: SocketChannel) -> Foreign | None:
         """The source's memory; None when it does not share it, or it cannot be mapped here."""
         channel.send(encode(Map()))
         answer = self._hear(channel, _MAPPED)
-        if not answer.size:
+        if answer.size != self._shard.layout.size:
             return None
+        if answer.handle:
+            return self._shard.arena.open(None, answer.handle)
         data, descriptors, _, _ = socket.recv_fds(channel.sock, 1, 1)
         try:
             if not data:
                 raise ConnectionResetError("closed by the peer")
-            return arena.Mapped(descriptors[0], self._shard.layout.size) if descriptors else None
+            return self._shard.arena.open(descriptors[0], b"") if descriptors else None
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
 
-    def _take(self, channel: SocketChannel, lane: list[range], mapped: arena.Mapped | None) -> None:
+    def _take(self, channel: SocketChannel, lane: list[range], mapped: Foreign | None) -> None:
         """All chunks of a lane. Raises Refusal when the source has no more."""
         channel.send(encode(Fetch([(chunk.start, chunk.stop) for chunk in lane], mapped is not None)))
         for chunk in lane:
@@ -212,18 +228,21 @@ class Fetcher:
                 self._place(channel, range(at, come.end), mapped)
                 at = come.end
 
-    def _place(self, channel: SocketChannel, blocks: range, mapped: arena.Mapped | None) -> None:
+    def _place(self, channel: SocketChannel, blocks: range, mapped: Foreign | None) -> None:
         """Bring blocks to where they are to be, with the gaps between their tensors. Each is looked at while the core
-        has it at hand."""
+        has it at hand: a copy leaves its source there, and writes past the caches where it can (arena.py)."""
         own, where = self._shard.arena, self._shard.layout.blocks
         at = where[blocks.start].start
-        if mapped is not None:
-            mapped.prepare(at, where[blocks.stop - 1].stop)
+        if mapped is None:
+            for block in blocks:
+                own.fill(at, where[block].stop, channel.receive_bytes)
+                self._shard.check(block, own)
+                self._shard.arrived(range(block, block + 1))
+                at = where[block].stop
+            return
+        mapped.prepare(at, where[blocks.stop - 1].stop)
         for block in blocks:
-            end = where[block].stop
-            if mapped is not None:
-                arena.copy(mapped.address + at, own.address + at, end - at)
-            else:
-                channel.receive_bytes(own.view[at:end])
-            self._shard.arrived(block)
-            at = end
+            self._shard.check(block, mapped)
+            own.take(mapped, at, where[block].stop)
+            at = where[block].stop
+        self._shard.arrived(blocks)

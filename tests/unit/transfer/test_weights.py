@@ -30,7 +30,7 @@ from hyperflexis.transfer.arena import Arena, Mapped
 from hyperflexis.transfer.fetch import FetchConfig, Fetcher
 from hyperflexis.transfer.pace import TokenBucket
 from hyperflexis.transfer.tcp import SocketChannel
-from hyperflexis.transfer.weights import Shard
+from hyperflexis.transfer.weights import VERSION, Shard
 
 
 @pytest.fixture(params=["tcp", "unix"])
@@ -162,7 +162,7 @@ def test_a_target_without_the_token_is_refused_though_it_does_not_check_its_sour
     with served(full(), "127.0.0.1:0") as at:
         channel = SocketChannel(tcp.connect(at.address))
         channel.limit_receive(5.0)
-        channel.send(msgspec.msgpack.encode(auth.Hello(1, auth.nonce(), "source", 1, 0, 1)))
+        channel.send(msgspec.msgpack.encode(auth.Hello(VERSION, auth.nonce(), "source", 1, 0, 1)))
         challenge = channel.receive(lambda frame: msgspec.msgpack.decode(frame.header))
         # Its own proof back to it: the words for the sides differ.
         channel.send(msgspec.msgpack.encode(auth.Proof(challenge["proof"])))
