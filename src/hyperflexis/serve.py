@@ -220,7 +220,7 @@ def children(fleet: Fleet, state_dir: Path) -> list[Child]:
         gpus = (args.gpus or 0) if isinstance(args, VllmArgs) else 0
         for index in range(0 if model.instances.scaled else model.num_instances):
             id = instance_id(name, index)
-            env = {**copying_env(), **model.env}
+            env = model.env
             if gpus:
                 env = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpu, gpu + gpus))), **env}
                 gpu += gpus
@@ -239,7 +239,8 @@ def launched(fleet: Fleet, state_dir: Path, order: Launch) -> Child:
     """The process that the controller asks for: without weights, of which the controller says where to get them."""
     digest = hashlib.blake2b(order.instance.encode(), digest_size=5).hexdigest()
     command = _instance(fleet, state_dir, order.model, order.instance, digest, starts_empty=True)
-    env = {**copying_env(), **fleet.models[order.model].env}
+    model = fleet.models[order.model]
+    env = {**copying_env(), **model.env} if _gives_weights(model) else model.env
     return Child(order.instance, "instance", command, env, order)
 
 

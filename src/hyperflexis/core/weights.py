@@ -235,8 +235,8 @@ class WeightsLoaded:
 
 @dataclass(frozen=True, slots=True)
 class SetSendRate:
-    """How fast an instance may give weights away from now on, in all: bytes per second, and slower while it serves. None:
-    as fast as it goes, whatever that does to its requests."""
+    """How fast an instance may give weights away from now on, in all: bytes per second, and slower while it serves.
+    None: as fast as it goes, whatever that does to its requests."""
 
     instance: str
     epoch: int

@@ -19,8 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 COPIES = "glibc.cpu.x86_non_temporal_threshold=0x40000"
-"""Copies of 256 KiB and more write past the caches. The C library does so by itself only above a share of the last cache
-cache that it takes for one core's; behind a hypervisor that is hundreds of megabytes, and weights are copied in blocks."""
+"""Copies of 256 KiB and more write past the caches. The C library does so by itself only above a share of the last
+cache that it takes for one core's. Behind a hypervisor that is hundreds of megabytes; weights are copied in blocks."""
 GATE = 'read -r go && exec "$@" </dev/null'
 """What a child runs first: it becomes the command, under the same pid, once it reads a line."""
 
