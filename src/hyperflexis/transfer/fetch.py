@@ -107,7 +107,8 @@ class Fetcher:
     def _try(self, source: WeightSource) -> Attempt:
         began, before = time.monotonic(), self._shard.bytes_missing()
         problem = ""
-        self._path = "tcp"
+        shares = self._config.share and tcp.is_local(source.address)
+        self._path = "shared memory" if shares else "tcp"
         try:
             self._from(source)
         except BlockingIOError:
@@ -121,9 +122,9 @@ class Fetcher:
     def _from(self, source: WeightSource) -> None:
         with self._connected(source) as channel:
             writing = self._expect(channel)
-            mapped = self._map(channel) if self._config.share and tcp.is_local(source.address) else None
-            if mapped is not None:
-                self._path = "shared memory" if isinstance(mapped, Mapped) else "device"
+            mapped = self._map(channel) if self._path == "shared memory" else None
+            if not isinstance(mapped, Mapped):
+                self._path = "tcp" if mapped is None else "device"
             chunks = list(self._shard.layout.chunks(self._shard.missing(), self._config.chunk_bytes))
             lanes = [chunks[lane :: self._config.sockets] for lane in range(self._config.sockets)]
             problems: list[Exception] = []
