@@ -176,7 +176,8 @@ async def measured(
             if how != "nobody":
                 num_bytes, took_s = await asyncio.to_thread(told.get, timeout=measure.LIMIT_S)
                 assert num_bytes > 0
-                came[how].append(num_bytes / took_s)
+                if turn:
+                    came[how].append(num_bytes / took_s)
             if turn:  # the first warms up
                 paces[how] += found
     orders.put(None)
@@ -245,7 +246,7 @@ def main() -> None:
     ):
         print(name, flush=True)
         found[name] = asyncio.run(work())
-    write_results(args.json, found)
+        write_results(args.json, found)
 
 
 if __name__ == "__main__":
