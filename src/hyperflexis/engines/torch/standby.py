@@ -26,7 +26,7 @@ from .loader import Shell
 
 BESIDE = 0.08
 """Share of the time for which an instance that serves sends its weights. A core's part and some memory bandwidth go to
-the sending: with this share the 99th percentile of the time per token rises by less than 5%."""
+the sending; at full speed, on two cores, tokens take 1.7 times as long (docs/weight-transfer.md)."""
 BESIDE_TIGHT, SPARE = 0.02, 1.5
 """The share where the tightest request has less time to spare than half an iteration takes."""
 
