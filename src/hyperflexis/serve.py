@@ -29,7 +29,7 @@ from .engines.profiles import load_profile
 from .engines.torch.config import load_config
 from .errors import ConfigError, HyperFlexisError
 from .gateway.config import GatewayConfig, Limits, Tenant
-from .launch.local import instance_command, own_command, start_process
+from .launch.local import copying_env, instance_command, own_command, start_process
 from .launch.static import endpoint_command
 from .policy.catalog import find_policy
 from .policy.scale import ModelScale, ScaleConfig
@@ -139,9 +139,8 @@ def _status(model: Model) -> wire.ModelStatus:
 
 
 def _gives_weights(model: Model) -> bool:
-    """Whether instances give their weights to others: those in the host's memory."""
-    args = model.engine_args()
-    return isinstance(args, TorchArgs) and args.device == "cpu"
+    """Whether instances give their weights to others."""
+    return isinstance(model.engine_args(), TorchArgs)
 
 
 def gateway_config(fleet: Fleet, state_dir: Path, index: int) -> GatewayConfig:
@@ -240,7 +239,9 @@ def launched(fleet: Fleet, state_dir: Path, order: Launch) -> Child:
     """The process that the controller asks for: without weights, of which the controller says where to get them."""
     digest = hashlib.blake2b(order.instance.encode(), digest_size=5).hexdigest()
     command = _instance(fleet, state_dir, order.model, order.instance, digest, starts_empty=True)
-    return Child(order.instance, "instance", command, fleet.models[order.model].env, order)
+    model = fleet.models[order.model]
+    env = {**copying_env(), **model.env} if _gives_weights(model) else model.env
+    return Child(order.instance, "instance", command, env, order)
 
 
 def _gateway(state_dir: Path, index: int) -> Callable[[int], Sequence[str]]:

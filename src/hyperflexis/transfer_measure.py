@@ -14,8 +14,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from .core.weights import (
     WeightsLoaded,
 )
 from .core.weights import WeightSource as Source
+from .launch.local import copying_env
 from .transfer import arena, tcp
 from .transfer.arena import Arena
 from .transfer.fetch import FetchConfig, Fetcher
@@ -140,10 +141,11 @@ class Reception:
 
 def _give(place: Place, layout: WeightLayout, ready: Any, over: Any, rate: float | None) -> None:
     place.enter()
-    shard = Shard(layout, Arena(layout.size, tcp.is_local(place.address)))
+    memory = Arena(layout.size, tcp.is_local(place.address))
+    shard = Shard(layout, memory)
     random = secrets.token_bytes(PIECE)
     for at in range(0, layout.size, PIECE):
-        shard.arena.view[at : at + PIECE] = random[: layout.size - at]
+        memory.view[at : at + PIECE] = random[: layout.size - at]
     shard.publish(Manifest(layout, shard.digests()))
     server = WeightServer(place.address, shard, "0", 1, TOKEN)
     server.bucket.set_rate(rate)
@@ -178,6 +180,18 @@ def _child(target: Callable[..., None], *args: Any) -> tuple[Any, Any]:
     return process, ready.get(timeout=LIMIT_S)
 
 
+@contextmanager
+def _environment(added: dict[str, str]) -> Iterator[None]:
+    """Of processes that are started meanwhile."""
+    before = dict(os.environ)
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 class Chain:
     """A source and receivers, each a process; ``run`` once."""
 
@@ -193,8 +207,9 @@ class Chain:
         for number, (place, go) in enumerate(zip(places[1:], self._go, strict=True), 1):
             args = (place, number, layout, config, self._told, ready, go)
             self._processes.append(context.Process(target=_receive, args=args, daemon=True))
-        for process in self._processes:
-            process.start()
+        with _environment(copying_env()):
+            for process in self._processes:
+                process.start()
         addresses = dict(ready.get(timeout=LIMIT_S) for _ in places)
         self.sources = [Source(addresses[number], str(number), 1) for number in range(len(places))]
 
@@ -395,7 +410,7 @@ async def instance(
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *("-m", "hyperflexis", "instance", *words, *(["--standby"] if standby else [])),
-        env={**os.environ, "HYPERFLEXIS_KV_TOKEN": TOKEN},
+        env={**os.environ, **copying_env(), "HYPERFLEXIS_KV_TOKEN": TOKEN},
         stderr=asyncio.subprocess.DEVNULL,
     )
     try:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tests.unit.engines.torch.attention_case import mixed_batch
 
+from hyperflexis.core.weights import LoadWeights, Manifest, WeightSource
 from hyperflexis.engines.base import Emission
 from hyperflexis.engines.torch.attention import Span
 from hyperflexis.engines.torch.config import load_config
+from hyperflexis.engines.torch.device import DeviceArena
 from hyperflexis.engines.torch.engine import TorchConfig, TorchEngine
 from hyperflexis.engines.torch.loader import load
 from hyperflexis.errors import HyperFlexisError
 from hyperflexis.make_model import Recipe, make_model
 from hyperflexis.policy.catalog import STEPS
+from hyperflexis.transfer.fetch import FetchConfig, Fetcher
+from hyperflexis.transfer.weights import Shard, WeightServer
+from hyperflexis.transfer_measure import TOKEN, layout_of
 from hyperflexis.wire import Generate, Sampling, pack_ids
 
 CUDA = torch.device("cuda")
@@ -105,3 +112,48 @@ async def test_bfloat16_serves_a_large_batch_with_every_way_of_sampling(model: P
 def test_too_little_device_memory_is_told_with_a_remedy(model: Path) -> None:
     with pytest.raises(HyperFlexisError, match=r"too little memory on cuda.*--kv-tokens"):
         load(model, CUDA, None, 1 << 40, 16, 512)
+
+
+def give(listen: str, size: int, ready: Any, over: Any) -> None:
+    """A source in another process, its weights on the device."""
+    layout = layout_of(size)
+    arena = DeviceArena(layout.size, CUDA, shared=True)
+    arena.tensor.random_(0, 256)
+    shard = Shard(layout, arena)
+    manifest = Manifest(layout, shard.digests())
+    shard.publish(manifest)
+    server = WeightServer(listen, shard, "0", 1, TOKEN)
+    ready.put((server.address, manifest.digest))
+    over.wait()
+    server.close()
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+def test_weights_get_from_one_process_s_device_memory_into_another_s(tmp_path: Path, tcp: bool) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready, over = context.Queue(), context.Event()
+    size = 64 << 20
+    listen = "127.0.0.1:0" if tcp else f"unix:{tmp_path}/w"
+    process = context.Process(target=give, args=(listen, size, ready, over), daemon=True)
+    process.start()
+    address, digest = ready.get(timeout=120.0)
+    shard = Shard(layout_of(size), DeviceArena(layout_of(size).size, CUDA))
+    (attempt,) = Fetcher(shard, FetchConfig(TOKEN, digest=digest)).run([WeightSource(address, "0", 1)])
+    over.set()
+    process.join(30.0)
+    assert (attempt.path, attempt.problem) == ("tcp" if tcp else "device", "")
+    assert shard.manifest is not None and shard.digests() == shard.manifest.blocks
+
+
+async def test_a_standby_on_the_device_computes_what_its_source_does(model: Path, tmp_path: Path) -> None:
+    config = TorchConfig("m", model, STEPS["hyperflexis"], device="cuda", dtype="float32", kv_tokens=4096)
+    source = TorchEngine(replace(config, weights_listen=f"unix:{tmp_path}/w"))
+    info = await source.start(lambda _: None, instance="a", epoch=1)
+    shell = TorchEngine(config)
+    await shell.start(lambda _: None, instance="b", epoch=1, standby=True)
+    loaded = await shell.load(LoadWeights("b", 1, (WeightSource(info.weights_address, "a", 1),), info.weights_digest))
+    await source.stop()
+    await shell.stop()
+    # In one process the handle does not open; between two it does, which the test above sees.
+    assert loaded.problem == "" and loaded.digest == info.weights_digest
+    assert loaded.attempts[0].path in ("device", "tcp") and not loaded.attempts[0].problem

@@ -154,6 +154,12 @@ class Ledger:
         self._there[block] = 1
         self._left -= 1
 
+    def remove(self, block: int) -> None:
+        """One that was there is to come again."""
+        assert self._there[block]
+        self._there[block] = 0
+        self._left += 1
+
     def end_of_run(self, block: int, end: int) -> int:
         """The first block from ``block`` on that is not there, at most ``end``."""
         found = self._there.find(0, block, end)
@@ -169,7 +175,7 @@ class Ledger:
         return found
 
 
-Path = Literal["shared memory", "tcp", "disk"]
+Path = Literal["shared memory", "device", "tcp", "disk"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +235,8 @@ class WeightsLoaded:
 
 @dataclass(frozen=True, slots=True)
 class SetSendRate:
-    """How fast an instance may give weights away from now on, in all: bytes per second, None for as fast as it goes."""
+    """How fast an instance may give weights away from now on, in all: bytes per second, and slower while it serves.
+    None: as fast as it goes, whatever that does to its requests."""
 
     instance: str
     epoch: int

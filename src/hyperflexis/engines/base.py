@@ -135,7 +135,8 @@ class Engine(Protocol):
         what they do at their source, and take requests from then on. One at a time."""
 
     def set_send_rate(self, bytes_per_s: float | None) -> None:
-        """How fast weights may be given away from now on, in all; None: as fast as it goes."""
+        """How fast weights may be given away from now on, in all, and slower while requests run; None: as fast as it
+        goes, whatever that does to requests."""
 
     def generate(self, key: object, request: Generate) -> None:
         """Begin a stream; emissions with ``key`` follow. A request that cannot be served (too long for the context

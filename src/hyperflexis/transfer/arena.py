@@ -14,11 +14,52 @@ import errno
 import mmap
 import os
 import weakref
+from collections.abc import Callable
+from typing import Protocol
 
 from ..errors import HyperFlexisError
 
 _POPULATE_READ, _POPULATE_WRITE = 22, 23
 """Advice of Linux 5.14 that Python has no names for."""
+_madvise = getattr(ctypes.CDLL(None), "madvise", None)
+if _madvise is not None:
+    _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+class Foreign(Protocol):
+    """Another process's memory on this host, to be read here."""
+
+    def prepare(self, start: int, stop: int) -> None:
+        """These bytes are to be read next."""
+
+    def read(self, start: int, stop: int) -> memoryview:
+        """These bytes, until this thread's next ``read``."""
+
+
+class Memory(Protocol):
+    """Where a model's weights are: the host's memory (Arena), or a device's. ``size`` in bytes. Others on this host get
+    at it by ``descriptor``, or by a handle, or by neither (None, empty)."""
+
+    size: int
+    descriptor: int | None
+
+    def handle(self) -> bytes:
+        """For one who asks."""
+
+    def read(self, start: int, stop: int) -> memoryview:
+        """These bytes, until this thread's next ``read``."""
+
+    def fill(self, start: int, stop: int, receive: Callable[[memoryview], None]) -> None:
+        """Have these bytes written by ``receive``."""
+
+    def open(self, descriptor: int | None, handle: bytes) -> Foreign | None:
+        """What another one's can be read through; None when this kind of memory cannot. Raises OSError."""
+
+    def take(self, other: Foreign, start: int, stop: int) -> None:
+        """Copy these bytes from the same place of another one; they are here when it returns."""
+
+    def release(self) -> None:
+        """Nobody else can map it from now on."""
 
 
 class Arena:
@@ -41,6 +82,27 @@ class Arena:
             raise HyperFlexisError(f"no memory for {size} bytes of weights: {error}") from error
         self.view = memoryview(self._memory)
         self.address = _address(self._memory)
+
+    def handle(self) -> bytes:
+        """See Memory."""
+        return b""
+
+    def read(self, start: int, stop: int) -> memoryview:
+        """See Memory; no copy."""
+        return self.view[start:stop]
+
+    def fill(self, start: int, stop: int, receive: Callable[[memoryview], None]) -> None:
+        """See Memory; they are received where they are to be."""
+        receive(self.view[start:stop])
+
+    def open(self, descriptor: int | None, handle: bytes) -> Mapped | None:
+        """See Memory."""
+        return None if descriptor is None else Mapped(descriptor, self.size)
+
+    def take(self, other: Foreign, start: int, stop: int) -> None:
+        """See Memory."""
+        assert isinstance(other, Mapped)
+        copy(other.address + start, self.address + start, stop - start)
 
     def release(self) -> None:
         """Nobody else can map it from now on. The memory itself goes when nothing here uses it any more."""
@@ -69,12 +131,21 @@ class Mapped:
         self._closing()
         self.descriptor = None
 
+    def handle(self) -> bytes:
+        """See Memory."""
+        return b""
+
+    def read(self, start: int, stop: int) -> memoryview:
+        """See Foreign; no copy."""
+        return self.view[start:stop]
+
     def prepare(self, start: int, stop: int) -> None:
         """These bytes are to be read next: have their pages mapped at once, which takes half of the time of a fault for
         each."""
         start -= start % mmap.PAGESIZE
-        with contextlib.suppress(OSError):  # an older kernel: then by faults
-            self._memory.madvise(_POPULATE_READ, start, stop - start)
+        # Not by mmap's madvise, which holds up all other threads. An older kernel does nothing: then by faults.
+        if _madvise is not None:
+            _madvise(self.address + start, stop - start, _POPULATE_READ)
 
 
 def copy(source: int, target: int, size: int) -> None:

@@ -15,7 +15,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -24,7 +24,8 @@ import msgspec
 
 from ..core.weights import Attempt, Manifest, Path, WeightSource
 from ..errors import ProtocolError
-from . import arena, auth, tcp
+from . import auth, tcp
+from .arena import Foreign, Mapped, Memory
 from .links import Gone, Refusal
 from .tcp import SocketChannel
 from .weights import VERSION, Alive, Come, Describe, Described, Fetch, Map, MapAnswer, Shard, encode
@@ -45,6 +46,7 @@ _MAPPED: msgspec.msgpack.Decoder[MapAnswer | Gone | Alive] = msgspec.msgpack.Dec
 _NEWS: msgspec.msgpack.Decoder[Come | Gone | Alive] = msgspec.msgpack.Decoder(Come | Gone | Alive)
 
 T = TypeVar("T", Described, MapAnswer, Come)
+M = TypeVar("M", bound=Foreign)
 
 BROKEN = (OSError, ValueError, ProtocolError, Refusal, msgspec.DecodeError)
 """What may go wrong with a source."""
@@ -73,6 +75,7 @@ class Fetcher:
         self._lock = threading.Lock()
         self._channels: set[SocketChannel] = set()
         self._cancelled = False
+        self._path: Path = "tcp"
 
     def run(self, sources: Sequence[WeightSource]) -> list[Attempt]:
         """Ask one after the other until the shard is complete, or all have failed."""
@@ -88,12 +91,12 @@ class Fetcher:
                     break
         return attempts
 
-    def attach(self, source: WeightSource) -> arena.Mapped | None:
+    def attach(self, source: WeightSource) -> Foreign | None:
         """The memory of a complete source on this host, to be used where it is; None when it cannot be mapped. Nothing
         is copied and nothing digested. Raises what is in BROKEN."""
         with self._connected(source) as channel:
             self._expect(channel)
-            return _map(channel, source, self._shard.layout.size, self._config)
+            return _map(channel, source, self._shard.layout.size, self._config, self._own.open)
 
     def cancel(self) -> None:
         """``run`` ends soon."""
@@ -104,20 +107,25 @@ class Fetcher:
 
     def _try(self, source: WeightSource) -> Attempt:
         began, before = time.monotonic(), self._shard.bytes_missing()
-        path: Path = "shared memory" if tcp.is_local(source.address) and self._config.share else "tcp"
         problem = ""
+        shares = self._config.share and tcp.is_local(source.address)
+        self._path = "shared memory" if shares else "tcp"
         try:
             self._from(source)
         except BlockingIOError:
             problem = f"it said nothing for {self._config.silence_s:g} s"
         except BROKEN as error:
             problem = str(error) or type(error).__name__
-        return Attempt(path, source.instance, before - self._shard.bytes_missing(), time.monotonic() - began, problem)
+        return Attempt(
+            self._path, source.instance, before - self._shard.bytes_missing(), time.monotonic() - began, problem
+        )
 
     def _from(self, source: WeightSource) -> None:
         with self._connected(source) as channel:
-            self._expect(channel)
-            mapped = _map(channel, source, self._shard.layout.size, self._config)
+            writing = self._expect(channel)
+            mapped = _map(channel, source, self._shard.layout.size, self._config, self._own.open)
+            if not isinstance(mapped, Mapped):
+                self._path = "tcp" if mapped is None else "device"
             chunks = list(self._shard.layout.chunks(self._shard.missing(), self._config.chunk_bytes))
             lanes = [chunks[lane :: self._config.sockets] for lane in range(self._config.sockets)]
             problems: list[Exception] = []
@@ -139,8 +147,14 @@ class Fetcher:
                     thread.start()
                 for thread in threads:
                     thread.join()
-            if problems:
-                raise problems[0]
+            confirmed = mapped is None
+            try:
+                if problems:
+                    raise problems[0]
+                confirmed = confirmed or self._expect(channel) == writing
+            finally:
+                if not confirmed:
+                    self._shard.recheck(chunks)
             if not self._shard.is_complete:
                 raise ProtocolError("something that was asked for did not come")
 
@@ -160,16 +174,23 @@ class Fetcher:
             channel.close()
             channel.release()
 
-    def _expect(self, channel: SocketChannel) -> None:
-        """Hear which weights they are. Raises Refusal when they are not wanted."""
+    @property
+    def _own(self) -> Memory:
+        assert not isinstance(self._shard.arena, Mapped), "what was mapped is complete"
+        return self._shard.arena
+
+    def _expect(self, channel: SocketChannel) -> int:
+        """Hear which weights they are, and how often their memory was written over. Raises Refusal when they are not
+        wanted."""
         channel.send(encode(Describe()))
         answer = _hear(channel, _DESCRIBED, self._config)
         wanted, found = self._config.digest, answer.manifest.digest
         if wanted and wanted != found:
             raise Refusal(f"its weights have digest {found}, and {wanted} are wanted")
         self._shard.expect(answer.manifest)
+        return answer.writing
 
-    def _take(self, channel: SocketChannel, lane: list[range], mapped: arena.Mapped | None) -> None:
+    def _take(self, channel: SocketChannel, lane: list[range], mapped: Foreign | None) -> None:
         """All chunks of a lane. Raises Refusal when the source has no more."""
         channel.send(encode(Fetch([(chunk.start, chunk.stop) for chunk in lane], mapped is not None)))
         for chunk in lane:
@@ -181,24 +202,27 @@ class Fetcher:
                 self._place(channel, range(at, come.end), mapped)
                 at = come.end
 
-    def _place(self, channel: SocketChannel, blocks: range, mapped: arena.Mapped | None) -> None:
+    def _place(self, channel: SocketChannel, blocks: range, mapped: Foreign | None) -> None:
         """Bring blocks to where they are to be, with the gaps between their tensors. Each is looked at while the core
-        has it at hand."""
-        own, where = self._shard.arena, self._shard.layout.blocks
+        has it at hand: a copy leaves its source there, and writes past the caches where it can (arena.py)."""
+        own, where = self._own, self._shard.layout.blocks
         at = where[blocks.start].start
-        if mapped is not None:
-            mapped.prepare(at, where[blocks.stop - 1].stop)
+        if mapped is None:
+            for block in blocks:
+                own.fill(at, where[block].stop, channel.receive_bytes)
+                self._shard.check(block, own)
+                self._shard.arrived(range(block, block + 1))
+                at = where[block].stop
+            return
+        mapped.prepare(at, where[blocks.stop - 1].stop)
         for block in blocks:
-            end = where[block].stop
-            if mapped is not None:
-                arena.copy(mapped.address + at, own.address + at, end - at)
-            else:
-                channel.receive_bytes(own.view[at:end])
-            self._shard.arrived(block)
-            at = end
+            self._shard.check(block, mapped)
+            own.take(mapped, at, where[block].stop)
+            at = where[block].stop
+        self._shard.arrived(blocks)
 
 
-def look(source: WeightSource, config: FetchConfig) -> tuple[Manifest, arena.Mapped | None]:
+def look(source: WeightSource, config: FetchConfig) -> tuple[Manifest, Mapped | None]:
     """What the only rank of a source has, and its memory as ``attach`` gives it, before there is a shard to put
     anything in. Raises what is in BROKEN."""
     channel = SocketChannel(tcp.connect(source.address))
@@ -206,7 +230,12 @@ def look(source: WeightSource, config: FetchConfig) -> tuple[Manifest, arena.Map
         _ask_in(channel, source, config, rank=0, ranks=1)
         channel.send(encode(Describe()))
         manifest = _hear(channel, _DESCRIBED, config).manifest
-        return manifest, _map(channel, source, manifest.layout.size, config)
+        size = manifest.layout.size
+
+        def opened(descriptor: int | None, handle: bytes) -> Mapped | None:
+            return None if descriptor is None else Mapped(descriptor, size)
+
+        return manifest, _map(channel, source, size, config, opened)
     finally:
         channel.close()
         channel.release()
@@ -232,19 +261,27 @@ def _hear(channel: SocketChannel, decoder: msgspec.msgpack.Decoder[T | Gone | Al
             raise Refusal(f"it has had nothing new for {config.patience_s:g} s")
 
 
-def _map(channel: SocketChannel, source: WeightSource, size: int, config: FetchConfig) -> arena.Mapped | None:
-    """The source's memory; None when it is elsewhere or not shared, or cannot be mapped here."""
+def _map(
+    channel: SocketChannel,
+    source: WeightSource,
+    size: int,
+    config: FetchConfig,
+    opened: Callable[[int | None, bytes], M | None],
+) -> M | None:
+    """The source's memory, as ``opened`` makes it; None when it is elsewhere, not shared or cannot be mapped here."""
     if not (config.share and tcp.is_local(source.address)):
         return None
     channel.send(encode(Map()))
     answer = _hear(channel, _MAPPED, config)
-    if not answer.size:
+    if answer.size != size:
         return None
+    if answer.handle:
+        return opened(None, answer.handle)
     data, descriptors, _, _ = socket.recv_fds(channel.sock, 1, 1)
     try:
         if not data:
             raise ConnectionResetError("closed by the peer")
-        return arena.Mapped(descriptors[0], size) if descriptors else None
+        return opened(descriptors[0], b"") if descriptors else None
     finally:
         for descriptor in descriptors:
             os.close(descriptor)

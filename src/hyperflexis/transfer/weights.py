@@ -12,8 +12,10 @@ All that on a connection that has been let in (auth.py), as often as wanted; a t
 tell targets apart from each other, nor whether they pass on what they get: a chain is a list of them.
 
 **Integrity.** The digests of all blocks are in the manifest, which the first source made of weights that it serves
-with. Each target digests each block once, where it lies, right after it came: so nothing damaged is passed on, and the
-link that did it is known. Bytes need no checksum of their own on their way, and who sends reads them once.
+with. Each target digests each block once, right after it came over TCP, or in the source's memory right before it is
+copied from there: so nothing damaged is passed on, and the link that did it is known. Bytes need no checksum of their
+own on their way, and who sends reads them once. What was copied counts once the source has said that it did not write
+over its memory meanwhile; else it is digested again where it lies.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ import contextlib
 import logging
 import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from operator import attrgetter
 from typing import TypeVar
 
 import msgspec
@@ -33,7 +35,7 @@ from xxhash import xxh3_128_digest
 
 from ..core.weights import Ledger, Manifest, WeightLayout, difference
 from ..errors import ProtocolError
-from .arena import Arena, Mapped
+from .arena import Foreign, Mapped, Memory
 from .auth import Hello, let_in
 from .links import Gone, Refusal
 from .listener import Listener
@@ -41,11 +43,13 @@ from .pace import TokenBucket
 from .tcp import MAX_HEADER, SocketChannel
 from .transport import PEER_LIMIT_S
 
-VERSION = 1
+VERSION = 2
 ALIVE_S = 1.0
 PIECE = 4 << 20
 """Bytes that leave at once: the next in a chain has them after so many, whatever the size of a chunk; what a piece
 costs besides (two threads' turns, some 100 us) is a few per cent of its time at 1 GB/s."""
+COPY_BYTES_PER_S = 5e9
+"""At which bytes that leave keep one core of the host busy, here or where they are copied: at this rate at most."""
 MAX_CONNECTIONS = 64
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -60,9 +64,11 @@ class Map(msgspec.Struct, frozen=True, tag=True):
 
 
 class Described(msgspec.Struct, frozen=True, tag=True):
-    """These."""
+    """These. ``writing``: how often the memory was given up to be written over; while that stays the same, what was
+    read there is what was there."""
 
     manifest: Manifest
+    writing: int = 0
 
 
 class Fetch(msgspec.Struct, frozen=True, tag=True):
@@ -73,9 +79,10 @@ class Fetch(msgspec.Struct, frozen=True, tag=True):
 
 
 class MapAnswer(msgspec.Struct, frozen=True, tag=True):
-    """With ``size`` a file descriptor comes next. 0: the memory is not shared."""
+    """With ``size`` a file descriptor comes next, or a device's memory opens by ``handle``. 0: it is not shared."""
 
     size: int
+    handle: bytes = b""
 
 
 class Come(msgspec.Struct, frozen=True, tag=True):
@@ -97,7 +104,7 @@ _ALIVE = encode(Alive())
 class Shard:
     """One rank's weights in this process's memory, as far as they are there. Threads wait here for more to come."""
 
-    def __init__(self, layout: WeightLayout, arena: Arena | Mapped) -> None:
+    def __init__(self, layout: WeightLayout, arena: Memory | Mapped) -> None:
         assert arena.size == layout.size
         self.layout = layout
         self.arena = arena
@@ -105,6 +112,7 @@ class Shard:
         self._manifest: Manifest | None = None
         self._ledger = Ledger(len(layout.blocks))
         self._closed = False
+        self._writing = 0
 
     @property
     def manifest(self) -> Manifest | None:
@@ -116,6 +124,10 @@ class Shard:
         """Whether all blocks are here."""
         with self._changed:
             return self._ledger.is_complete
+
+    def described(self) -> Described | None:
+        """For who asks; None before it is known which weights are to be here. For ``wait``."""
+        return None if self._manifest is None else Described(self._manifest, self._writing)
 
     def digests(self, threads: int = 2) -> bytes:
         """Of all blocks of what is in the memory now. Takes as long as reading it."""
@@ -144,17 +156,34 @@ class Shard:
             self._manifest = manifest
             self._changed.notify_all()
 
-    def arrived(self, block: int) -> None:
-        """A block was written to its place. Raises ProtocolError when it is not what the manifest says."""
+    def check(self, block: int, memory: Memory | Foreign) -> None:
+        """Raises ProtocolError unless a block, as it lies in ``memory``, is what the manifest says."""
         assert self._manifest is not None
-        if self._digest(block) != self._manifest.block(block):
+        where = self.layout.blocks[block]
+        if xxh3_128_digest(memory.read(where.start, where.stop)) != self._manifest.block(block):
             raise ProtocolError(
                 f"tensor {self.layout.tensor_at(block).name} was damaged on its way: the digest of block {block} is "
                 "another"
             )
+
+    def arrived(self, blocks: range) -> None:
+        """Blocks that were checked are in their place."""
         with self._changed:
-            self._ledger.enter(block)
+            for block in blocks:
+                self._ledger.enter(block)
             self._changed.notify_all()
+
+    def recheck(self, spans: Iterable[range]) -> None:
+        """Digest again, where they lie, those of these blocks that are here; what is not as it should be is missing
+        from now on."""
+        here = set().union(*spans).difference(*self.missing())
+        for block in sorted(here):
+            try:
+                self.check(block, self.arena)
+            except ProtocolError as error:
+                _log.warning("%s", error)
+                with self._changed:
+                    self._ledger.remove(block)
 
     def missing(self) -> list[range]:
         """Blocks that are still to come."""
@@ -170,6 +199,7 @@ class Shard:
         with self._changed:
             self._manifest = None
             self._ledger = Ledger(len(self.layout.blocks))
+            self._writing += 1
 
     def close(self) -> None:
         """Wake all who wait: nothing more comes."""
@@ -196,7 +226,7 @@ class Shard:
 
     def _digest(self, block: int) -> bytes:
         where = self.layout.blocks[block]
-        return xxh3_128_digest(self.arena.view[where.start : where.stop])
+        return xxh3_128_digest(self.arena.read(where.start, where.stop))
 
 
 class WeightServer:
@@ -220,6 +250,7 @@ class WeightServer:
         """Cut all connections and free the address. Returns when no thread is left."""
         self._shard.close()
         self.bucket.set_rate(None)
+        self.bucket.set_share(1.0)
         self._listener.close()
 
     def _serve(self, channel: SocketChannel) -> None:
@@ -255,8 +286,7 @@ class WeightServer:
     def _answer(self, channel: SocketChannel, asked: Describe | Map | Fetch) -> None:
         match asked:
             case Describe():
-                manifest = self._shard.wait(attrgetter("manifest"), partial(channel.send, _ALIVE))
-                channel.send(encode(Described(manifest)))
+                channel.send(encode(self._shard.wait(Shard.described, partial(channel.send, _ALIVE))))
             case Map():
                 self._pass_memory(channel)
             case Fetch(spans, mapped):
@@ -265,8 +295,10 @@ class WeightServer:
 
     def _pass_memory(self, channel: SocketChannel) -> None:
         arena = self._shard.arena
-        shares = arena.descriptor is not None and channel.sock.family == socket.AF_UNIX
-        channel.send(encode(MapAnswer(arena.size if shares else 0)))
+        is_here = channel.sock.family == socket.AF_UNIX
+        handle = arena.handle() if is_here else b""
+        shares = is_here and arena.descriptor is not None
+        channel.send(encode(MapAnswer(arena.size if shares or handle else 0, handle)))
         if shares:
             assert arena.descriptor is not None
             socket.send_fds(channel.sock, [b"\0"], [arena.descriptor])
@@ -281,7 +313,10 @@ class WeightServer:
             for piece in self._shard.layout.chunks([range(first, found)], self.bucket.at_once(PIECE)):
                 start, stop = blocks[piece.start].start, blocks[piece.stop - 1].stop
                 self.bucket.take(stop - start)
+                began = time.monotonic()
                 channel.send(encode(Come(piece.start, piece.stop)))
                 if not mapped:
-                    channel.send_bytes(self._shard.arena.view[start:stop])
+                    channel.send_bytes(self._shard.arena.read(start, stop))
+                least_s = (stop - start) / COPY_BYTES_PER_S
+                self.bucket.worked(max(time.monotonic() - began, least_s))
             first = found

@@ -26,11 +26,11 @@ from tests.unit.transfer.weights_case import (
 from hyperflexis.core.weights import Manifest, TensorSpec, WeightSource
 from hyperflexis.errors import HyperFlexisError, ProtocolError
 from hyperflexis.transfer import auth, tcp
-from hyperflexis.transfer.arena import Arena, Mapped
+from hyperflexis.transfer.arena import Arena, Foreign, Mapped
 from hyperflexis.transfer.fetch import FetchConfig, Fetcher
 from hyperflexis.transfer.pace import TokenBucket
 from hyperflexis.transfer.tcp import SocketChannel
-from hyperflexis.transfer.weights import Shard
+from hyperflexis.transfer.weights import COPY_BYTES_PER_S, VERSION, Shard
 
 
 @pytest.fixture(params=["tcp", "unix"])
@@ -162,7 +162,7 @@ def test_a_target_without_the_token_is_refused_though_it_does_not_check_its_sour
     with served(full(), "127.0.0.1:0") as at:
         channel = SocketChannel(tcp.connect(at.address))
         channel.limit_receive(5.0)
-        channel.send(msgspec.msgpack.encode(auth.Hello(1, auth.nonce(), "source", 1, 0, 1)))
+        channel.send(msgspec.msgpack.encode(auth.Hello(VERSION, auth.nonce(), "source", 1, 0, 1)))
         challenge = channel.receive(lambda frame: msgspec.msgpack.decode(frame.header))
         # Its own proof back to it: the words for the sides differ.
         channel.send(msgspec.msgpack.encode(auth.Proof(challenge["proof"])))
@@ -301,12 +301,14 @@ def test_a_block_comes_once_and_only_if_it_is_what_was_announced() -> None:
     assert source.manifest is not None
     target.expect(source.manifest)
     with pytest.raises(ProtocolError, match="tensor t0 was damaged"):
-        target.arrived(0)
+        target.check(0, target.arena)
     where = source.layout.blocks[0]
-    target.arena.view[where.start : where.stop] = source.arena.view[where.start : where.stop]
-    target.arrived(0)
+    data = bytes(source.arena.read(where.start, where.stop))
+    target.arena.fill(where.start, where.stop, lambda into: into.__setitem__(slice(None), data))
+    target.check(0, target.arena)
+    target.arrived(range(1))
     with pytest.raises(ProtocolError, match="block 0 of"):
-        target.arrived(0)
+        target.arrived(range(1))
 
 
 def test_a_manifest_with_too_few_digests_is_no_manifest() -> None:
@@ -328,3 +330,55 @@ def test_bytes_that_are_no_hello_end_the_connection_and_nothing_else(address: st
                 sock.sendall(data)
         assert not fetched(target, at)[-1].problem
     assert isinstance(target, Shard) and content(target) == content(source)
+
+
+def test_a_source_that_was_written_over_meanwhile_is_found_out(tmp_path: Path) -> None:
+    """What is copied is digested at its source first: a write in between is seen by asking the source in the end."""
+    source, target = full(), empty()
+    first = source.layout.blocks[0]
+
+    class Overwriting(Arena):
+        """The source's memory changes after the first block was digested and before it was copied."""
+
+        def take(self, other: Foreign, start: int, stop: int) -> None:
+            if start == first.start and not overwritten:
+                overwritten.append(True)
+                assert isinstance(source.arena, Arena)
+                before = bytes(source.arena.view[:8])
+                manifest = source.manifest
+                assert manifest is not None
+                source.forget()
+                source.arena.view[:8] = b"elsewise"
+                super().take(other, start, stop)
+                source.arena.view[:8] = before
+                source.publish(manifest)
+                return
+            super().take(other, start, stop)
+
+    overwritten: list[bool] = []
+    target = Shard(source.layout, Overwriting(source.layout.size))
+    with served(source, f"unix:{tmp_path}/w") as at:
+        attempts = fetched(target, at, sockets=1)
+    assert overwritten and len(attempts) == 2, attempts
+    assert attempts[0].problem and attempts[1].num_bytes == len(first)
+    assert target.is_complete and content(target) == content(source)
+
+
+def test_while_a_share_of_the_time_is_left_sending_rests() -> None:
+    source, target = full(), empty()
+    bucket = TokenBucket()
+    bucket.set_share(0.05)
+    with served(source, "127.0.0.1:0", bucket=bucket) as at:
+        began = time.monotonic()
+        assert not fetched(target, at)[0].problem
+        slow_s = time.monotonic() - began
+        assert slow_s > sum(SIZES) / COPY_BYTES_PER_S / 0.05 / 2, "half of that at least: the last piece does not rest"
+        bucket.set_share(0.0001)
+        waiting = empty()
+        thread = threading.Thread(target=fetched, args=(waiting, at))
+        thread.start()
+        while waiting.bytes_missing() == sum(SIZES):
+            time.sleep(0.001)
+        bucket.set_share(1.0)
+        thread.join(10.0)
+        assert waiting.is_complete, "who rests goes on once nobody is served"

@@ -159,7 +159,7 @@ class TorchEngine:
 
     def set_send_rate(self, bytes_per_s: float | None) -> None:
         """See Engine."""
-        self._weights.bucket.set_rate(bytes_per_s)
+        self._weights.set_send_rate(bytes_per_s)
 
     def generate(self, key: object, request: Generate) -> None:
         """See the contract."""
@@ -274,8 +274,10 @@ class TorchEngine:
                 began = self._clock()
                 batch = self._batcher.plan(began)
                 if batch is None:
+                    self._weights.idle()
                     await self._wake.wait()
                     continue
+                self._weights.serves(batch.budget_s, batch.predicted_s)
                 self._handoffs.planned(batch)
                 work = self._runner.work_of(batch, self._handoffs.watch(batch))
                 try:

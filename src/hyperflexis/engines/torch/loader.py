@@ -19,6 +19,7 @@ from . import weights
 from .attention import Span
 from .cache import KvCache, available_bytes
 from .config import ModelConfig, load_config
+from .device import DeviceArena
 from .model import Model, can_pack
 from .runner import Runner
 from .weights import num_parameters
@@ -63,10 +64,10 @@ def find_device(name: str) -> torch.device:
 
 class Shell:
     """A ``runner`` whose memory is there, and whose weights may not be yet: they are zero then, and it computes in the
-    same time. On a CPU all weights lie in one ``shard``, to be had from and given to other processes."""
+    same time. All weights lie in one ``shard``, to be had from and given to other processes."""
 
     def __init__(
-        self, directory: Path, runner: Runner, kept: Mapping[str, Tensor], shard: Shard | None, memory: Memory
+        self, directory: Path, runner: Runner, kept: Mapping[str, Tensor], shard: Shard, memory: Memory
     ) -> None:
         self.directory = directory
         self.runner = runner
@@ -144,19 +145,20 @@ def allocate(
     dtype = DTYPES[name]
     memory = _plan_memory(directory, config, device, dtype, kv_tokens, block_size, most_kv_tokens)
     shapes, _ = weights.parts(config)
-    shard = None
+    specs = (TensorSpec(n, name, shape, prod(shape) * dtype.itemsize) for n, shape in shapes.items())
+    layout = WeightLayout(config.digest, tuple(specs))
     if device.type == "cpu":
-        specs = (TensorSpec(n, name, shape, prod(shape) * dtype.itemsize) for n, shape in shapes.items())
-        layout = WeightLayout(config.digest, tuple(specs))
-        shard = Shard(layout, Arena(layout.size, shared))
-        kept = {
-            tensor.name: torch.frombuffer(shard.arena.view, dtype=dtype, count=prod(tensor.shape), offset=offset).view(
-                tensor.shape
-            )
-            for tensor, offset in zip(layout.tensors, layout.offsets, strict=True)
-        }
+        arena = Arena(layout.size, shared)
+        whole = torch.frombuffer(arena.view, dtype=torch.uint8)
+        shard = Shard(layout, arena)
     else:
-        kept = {n: torch.zeros(shape, dtype=dtype, device=device) for n, shape in shapes.items()}
+        on_device = DeviceArena(layout.size, device, shared)
+        whole = on_device.tensor
+        shard = Shard(layout, on_device)
+    kept = {
+        tensor.name: whole[offset : offset + tensor.size].view(dtype).view(tensor.shape)
+        for tensor, offset in zip(layout.tensors, layout.offsets, strict=True)
+    }
     cache = KvCache(config, memory.num_blocks, block_size, dtype, device)
     context = min(config.context_length, memory.num_blocks * block_size)
     runner = Runner(Model(config, weights.assemble(config, kept), cache, context))

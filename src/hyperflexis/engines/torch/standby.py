@@ -24,7 +24,11 @@ from ...transfer.weights import WeightServer
 from ..base import Loaded
 from .loader import Shell
 
-NOT_BUILT = "weights are not transferred to or from this device yet, only in the host's memory"
+BESIDE = 0.08
+"""Share of the time for which an instance that serves sends its weights. A core's part and some memory bandwidth go to
+the sending; at full speed, on two cores, tokens take 1.7 times as long (docs/weight-transfer.md)."""
+BESIDE_TIGHT, SPARE = 0.02, 1.5
+"""The share where the tightest request has less time to spare than half an iteration takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,7 @@ class Fleet:
 
 
 class ShellWeights:
-    """Fills one shell and gives its weights away. All but ``close`` and ``bucket`` is for the model's thread."""
+    """Fills one shell and gives its weights away. What does not say otherwise is for the model's thread."""
 
     def __init__(self, shell: Shell, fleet: Fleet) -> None:
         """Raises HyperFlexisError when nobody can be given weights there."""
@@ -48,14 +52,13 @@ class ShellWeights:
         self._fetcher: Fetcher | None = None
         self._server: WeightServer | None = None
         self._closed = False
-        self.bucket = TokenBucket()
+        self._bucket = TokenBucket()
+        self._yields = True
         if fleet.listen is None:
             return
-        if shell.shard is None:
-            raise HyperFlexisError(f"--weights-listen {fleet.listen}: {NOT_BUILT}")
         try:
             self._server = WeightServer(
-                fleet.listen, shell.shard, fleet.instance, fleet.epoch, fleet.token, self.bucket
+                fleet.listen, shell.shard, fleet.instance, fleet.epoch, fleet.token, self._bucket
             )
         except (OSError, ValueError) as error:
             raise HyperFlexisError(f"weights cannot be given at {fleet.listen}: {error}") from error
@@ -67,7 +70,6 @@ class ShellWeights:
 
     def publish(self) -> str:
         """The weights are there, from disk, and others may have them. Returns their digest."""
-        assert self._shell.shard is not None
         manifest = Manifest(self._shell.shard.layout, self._shell.shard.digests(), self._shell.fingerprint())
         self._shell.shard.publish(manifest)
         return manifest.digest
@@ -78,12 +80,29 @@ class ShellWeights:
         self._shell.unpack()
         attempts = self._from_others(order)
         shard = self._shell.shard
-        if shard is not None and shard.is_complete and shard.manifest is not None:
+        if shard.is_complete and shard.manifest is not None:
             return Loaded(tuple(attempts), tuple(self._phases), shard.manifest.digest)
         if self._closed:
             return Loaded(tuple(attempts), tuple(self._phases), problem="the instance stopped")
         attempt, digest = self._from_disk(order)
         return Loaded((*attempts, attempt), tuple(self._phases), digest, attempt.problem)
+
+    def serves(self, budget_s: float, predicted_s: float) -> None:
+        """An iteration begins that may take ``budget_s`` before a request loses its pace, and probably takes
+        ``predicted_s``: what is given away meanwhile yields to it. From any thread; cheap."""
+        if self._yields:
+            self._bucket.set_share(BESIDE if budget_s >= SPARE * predicted_s else BESIDE_TIGHT)
+
+    def idle(self) -> None:
+        """No request is here: weights go as fast as the rate allows."""
+        self._bucket.set_share(1.0)
+
+    def set_send_rate(self, bytes_per_s: float | None) -> None:
+        """See Engine. From any thread."""
+        self._yields = bytes_per_s is not None
+        self._bucket.set_rate(bytes_per_s)
+        if not self._yields:
+            self._bucket.set_share(1.0)
 
     def close(self) -> None:
         """Give nothing more, and get nothing more: a ``load`` under way fails soon. From any thread."""
@@ -92,13 +111,10 @@ class ShellWeights:
             self._fetcher.cancel()
         if self._server is not None:
             self._server.close()
-        if self._shell.shard is not None:
-            self._shell.shard.arena.release()
+        self._shell.shard.arena.release()
 
     def _from_others(self, order: LoadWeights) -> list[Attempt]:
         shard = self._shell.shard
-        if shard is None:
-            return [Attempt("tcp", one.instance, 0, 0.0, NOT_BUILT) for one in order.sources]
         config = FetchConfig(self._fleet.token, order.digest, order.chunk_bytes)
         self._fetcher = Fetcher(shard, config)
         with self._phase("transfer"):
@@ -118,13 +134,11 @@ class ShellWeights:
         try:
             with self._phase("disk"):
                 self._shell.read()
-            if self._shell.shard is not None:
-                with self._phase("digest"):
-                    digest = self.publish()
+            with self._phase("digest"):
+                digest = self.publish()
             if order.digest and digest and digest != order.digest:
                 problem = f"the weights on disk have digest {digest}, and {order.digest} are wanted"
                 digest = ""
-                assert self._shell.shard is not None
                 self._shell.shard.forget()
         except HyperFlexisError as error:
             problem = str(error)

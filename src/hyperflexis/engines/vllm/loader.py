@@ -180,9 +180,10 @@ def _tensors(shard: Shard) -> Weights:
     """What vLLM writes into them is not seen by those who get the weights from here."""
     arena, layout = shard.arena, shard.layout
     memory = arena if arena.descriptor is None else Mapped(arena.descriptor, layout.size)
+    flat_bytes = memory.read(0, layout.size)
     for tensor, at in zip(layout.tensors, layout.offsets, strict=True):
         dtype = DTYPES[tensor.dtype]
         if isinstance(memory, Mapped) and tensor.size:
             memory.prepare(at, at + tensor.size)
-        flat = torch.frombuffer(memory.view, dtype=dtype, count=prod(tensor.shape), offset=at) if tensor.size else None
+        flat = torch.frombuffer(flat_bytes, dtype=dtype, count=prod(tensor.shape), offset=at) if tensor.size else None
         yield tensor.name, torch.empty(tensor.shape, dtype=dtype) if flat is None else flat.view(tensor.shape)

@@ -121,11 +121,12 @@ class Model:
         with ExitStack() as stack:
             stored = _stored(stack, self.files)
             layout = _layout(self.configuration, stored)
-            shard = Shard(layout, Arena(layout.size, shared, large_pages=False))
+            arena = Arena(layout.size, shared, large_pages=False)
+            shard = Shard(layout, arena)
 
             def fill(name: str, offset: int, at: int) -> None:
                 end = min(at + PIECE, stored[name].size)
-                safetensors.read(stored[name], at, shard.arena.view[offset + at : offset + end])
+                safetensors.read(stored[name], at, arena.view[offset + at : offset + end])
 
             with ThreadPoolExecutor(READERS, "weights-read") as pool:
                 places = zip((tensor.name for tensor in layout.tensors), layout.offsets, strict=True)
