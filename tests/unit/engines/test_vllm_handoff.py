@@ -107,6 +107,9 @@ async def test_a_target_that_is_cancelled_before_its_first_token_leaves_it_here(
     async with asyncio.timeout(LIMIT_S):
         while not pair.servers[1].open:
             await asyncio.sleep(0.01)
+    for driver in (pair.source, pair.target):  # who has nothing to do but this does not hang
+        report = driver.engine.report()
+        assert report.num_running == report.num_waiting == 0
     pair.target.engine.cancel(pair.at_target)
     assert (await pair.source.streams[at_source].ended()).finish == "length"
     assert (await pair.target.streams[pair.at_target].ended()).finish == "cancelled"

@@ -110,6 +110,7 @@ class VllmEngine(OpenAIEngine):
         self._handoffs: NixlHandoffs | None = None
         self._fetching: dict[object, asyncio.Task[None]] = {}
         self._fetched: dict[object, Fetched] = {}
+        self._parked: dict[object, ServerStream] = {}
 
     async def start(
         self,
@@ -165,6 +166,10 @@ class VllmEngine(OpenAIEngine):
         """As told by the scheduler inside the server, else as seen from here. Raises HyperFlexisError once the server
         is gone."""
         report, told = super().report(), self._reports.last
+        # What stands still between two servers is no work of this one: it must not look as if it hung over it.
+        prompts = sum(stream.first_at is not None for stream in self._parked.values())
+        running, waiting = report.num_running - prompts, report.num_waiting - (len(self._parked) - prompts)
+        report = replace(report, num_running=running, num_waiting=waiting)
         if told is None:
             return report
         found = msgspec.structs.asdict(told) | {"latency": told.coefficients()}
@@ -288,6 +293,7 @@ class VllmEngine(OpenAIEngine):
 
     def _admit(self, stream: ServerStream) -> None:
         if stream.request.kv is not None:
+            self._parked[stream.key] = stream
             self._fetching[stream.key] = self._loop.create_task(self._fetch(stream))
         else:
             self._order(stream)
@@ -360,7 +366,10 @@ class VllmEngine(OpenAIEngine):
             stream.num_output_tokens, stream.finish_reason = 1, choice.finish_reason
             self._complete(stream)
             return False
-        match await handoffs.offer(stream.request, choice.token_ids[0], bytes(found.kv_transfer_params)):
+        self._parked[stream.key] = stream
+        state = await handoffs.offer(stream.request, choice.token_ids[0], bytes(found.kv_transfer_params))
+        self._parked.pop(stream.key, None)
+        match state:
             case SourceState.HANDED:
                 self._finish(stream, "handed")
             case SourceState.MOVED:
@@ -374,6 +383,7 @@ class VllmEngine(OpenAIEngine):
         fetched = self._fetched.pop(stream.key, None)
         if fetched is not None:
             fetched.accept()
+            del self._parked[stream.key]
         super()._observe(stream, num_tokens)
         if self._line is not None:
             self._line.took(self._waits[stream.key], stream.num_output_tokens, self._clock())
@@ -381,6 +391,7 @@ class VllmEngine(OpenAIEngine):
                 self._look_soon()
 
     def _finish(self, stream: ServerStream, reason: str, message: str = "") -> None:
+        self._parked.pop(stream.key, None)
         fetching = self._fetching.pop(stream.key, None)
         if fetching is not None:
             fetching.cancel()

@@ -26,14 +26,11 @@ SCHEDULER = "hyperflexis.engines.vllm.SloScheduler"
 RESUMED = "hyperflexis.engines.vllm.worker.Resumed"
 STOP_LIMIT_S = 5.0
 """How long a server may take to end after SIGTERM."""
-KV_LEASE_S = 10
-"""For so long a server keeps the KV of a prompt that nobody comes for. Who will come says so each sixth of it."""
 GIVES_KV = {
     "kv_connector": "NixlConnector",
     "kv_role": "kv_both",
     # Where KV does not come the prompt is computed once more, so that the stream goes on.
     "kv_load_failure_policy": "recompute",
-    "kv_connector_extra_config": {"kv_lease_duration": KV_LEASE_S},
 }
 """For ``--kv-transfer-config``. The buffer is where the platform computes: on a CPU, there."""
 
