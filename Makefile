@@ -41,7 +41,7 @@ $(VLLM_STAMP): pyproject.toml constraints.txt
 	@# It declares these, and with them its import fails ("torchvision::nms does not exist").
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  httptools httpx openai pytest pytest-asyncio rich uvloop xxhash
+	  httptools httpx openai pytest pytest-asyncio rich scipy uvloop xxhash
 	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 

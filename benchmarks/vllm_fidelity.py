@@ -39,13 +39,14 @@ WARM_UP_S = 12.0
 class Servers:
     """The servers of one run, and what a fleet file says of them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, python: str) -> None:
         self._folder = folder
         self._model = folder / SIZE
         make_model(self._model, ModelRecipe(SIZE, context=CONTEXT))
         recipe = Recipe(
             "m",
             self._model,
+            python=python,
             max_batch=MAX_BATCH,
             max_batch_tokens=MAX_BATCH_TOKENS,
             arguments=(*EXACT, "--max-model-len", str(CONTEXT)),
@@ -83,10 +84,11 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--load", type=float, default=0.7, help="arrival rate over capacity (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--python", default=sys.executable, help="that has vLLM, if this one has not")
     parser.add_argument("--out", type=Path, default=RESULTS / "vllm_fidelity.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="vllm-fidelity-") as temporary:
-        servers = Servers(Path(temporary))
+        servers = Servers(Path(temporary), args.python)
         try:
             case = Case("fidelity-torch.yaml", servers.profile, servers.entry, TARGET, WARM_UP_S)
             found = compare(case, Path(temporary), args)
