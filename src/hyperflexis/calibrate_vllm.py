@@ -4,8 +4,10 @@ Requests go through the adapter that a fleet uses, to a server that does nothing
 is found in the prefix cache. Which iteration a token is of follows from what is sent when:
 
     prefill   the first token of a prompt alone, which fits into one iteration
-    decode    the gaps between the tokens of one stream while so many run: the median of GAPS
-    mixed     the longest gap of a running stream while a prompt is computed
+    decode    the time of GAPS tokens of one stream while so many run, by their number
+    mixed     what a running stream loses while a prompt is computed, and a decode's time
+
+Single gaps say nothing: a client that is late finds several tokens at once.
 
 What a request costs beside its iterations, HTTP and the way to the engine and back, is in each first token and in no
 gap: a prompt of one token takes it and an iteration that is as short as a decode's. It is measured so, taken off, and
@@ -19,7 +21,6 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from statistics import median
 from typing import NamedTuple
 
@@ -168,25 +169,29 @@ async def _prefill_s(client: _Client, tokens: int) -> float:
 
 
 async def _decode_s(client: _Client, shape: Shape) -> float:
-    """The median gap of ``shape.decodes`` that run together, or the longest while a prompt is computed beside them."""
+    """An iteration of ``shape.decodes`` that run together, or one with a prompt beside them."""
     sent = [client.send(shape.context, 4 * GAPS + 4 * shape.decodes) for _ in range(shape.decodes)]
     streams = [stream for _, stream in sent]
     for stream in streams:
         await stream.has(2)
     lead = streams[0]
-    before = len(lead.at)
+    found, _ = await _gap_s(lead, GAPS)
     if shape.prefill:
-        await lead.has(before + 2)
-        before = len(lead.at)
+        first = len(lead.at)
         _, prompt = client.send(shape.prefill, 1)
         await prompt.has(1)
-        await lead.has(len(lead.at) + 2)
-        found = max(b - a for a, b in pairwise(lead.at[before - 1 :]))
-    else:
-        await lead.has(before + GAPS)
-        found = median(b - a for a, b in pairwise(lead.at[before - 1 :]))
+        mean_s, gaps = await _gap_s(lead, len(lead.at) - first + 2, first)
+        found += gaps * max(mean_s - found, 0.0)
     await client.cancel([key for key, _ in sent])
     return found
+
+
+async def _gap_s(stream: _Stream, tokens: int, first: int | None = None) -> tuple[float, int]:
+    """The mean gap of the next ``tokens`` tokens, or those behind the ``first``, and how many there were."""
+    first = len(stream.at) if first is None else first
+    await stream.has(first + tokens)
+    gaps = len(stream.at) - first
+    return (stream.at[-1] - stream.at[first - 1]) / gaps, gaps
 
 
 def _sample(shape: Shape, seconds: float) -> Sample:
