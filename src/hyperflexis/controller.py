@@ -192,7 +192,7 @@ class Controller:
             case PrefillEnding():
                 return self._disaggregation.hand_over(event, now)
             case HandoffFailed():
-                self._disaggregation.put_back(event, now)
+                return self._disaggregation.put_back(event, now)
             case Tick():
                 effects = self._watch(now)
                 effects += self._disaggregation.adapt_roles(self.config.models, now)

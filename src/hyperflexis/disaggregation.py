@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from .core.cluster import CONVERTIBLE, Cluster, TrackedInstance, TrackedRequest
-from .core.effects import Decision, Effect, Handoff, SetLinks, SetRole
+from .core.effects import Decision, Effect, Handoff, SetLinks, SetRole, Stay
 from .core.events import HandoffFailed, InstanceLinked, PrefillEnding
 from .core.instance import InstanceState
 from .core.links import KvSource, Split
@@ -57,14 +57,16 @@ class Disaggregation:
         """A prompt is nearly computed: where to?"""
         source = self._cluster.current(event.instance, event.epoch)
         tracked = self._cluster.requests.get(event.id)
-        if self._split is None or source is None or tracked is None or event.id not in source.requests:
+        if self._split is None or source is None:
             return []
+        if tracked is None or event.id not in source.requests:
+            return self._stays(event.id, source)
         source.finish_prompt(tracked)
         ready = [one for one in self._within_reach(source) if one.prefill_share < 1.0]
         handoff = self._go_on_elsewhere(tracked, source, ready, event.left_s, now)
         if handoff is None:
             source.keep(tracked)
-            return []
+            return self._stays(event.id, source)
         return [handoff]
 
     def migrate(self, source: TrackedInstance, now: float, longer_s: float = 0.0) -> list[Effect]:
@@ -83,19 +85,25 @@ class Disaggregation:
         found = (self._go_on_elsewhere(tracked, source, ready, 0.0, now) for tracked in decodes)
         return [handoff for handoff in found if handoff is not None]
 
-    def put_back(self, event: HandoffFailed, now: float) -> None:
+    def put_back(self, event: HandoffFailed, now: float) -> list[Effect]:
         """A request goes on where it was."""
         tracked = self._cluster.requests.get(event.id)
         if tracked is None or tracked.state is not RequestState.DISPATCHED:
-            return
+            return []
         source = self._cluster.current(event.instance, event.epoch)
         if source is None:
             # Its link is down for a moment: it is bound when it joins again.
             self._cluster.unbind(tracked)
             tracked.hands_over = False
             tracked.instance, tracked.epoch = event.instance, event.epoch
-        elif event.id not in source.requests:
+            return []
+        if event.id not in source.requests:
             self._cluster.move(tracked, source, now)
+        return self._stays(event.id, source)
+
+    def _stays(self, request_id: str, source: TrackedInstance) -> list[Effect]:
+        """Who has it stand still is told; elsewhere it has gone on meanwhile."""
+        return [Stay(request_id, source.id, source.info.epoch)] if source.info.parks else []
 
     def _within_reach(self, source: TrackedInstance) -> list[TrackedInstance]:
         """Where what is on ``source`` can go on: there, and where there is a link; where none was planned, if not."""

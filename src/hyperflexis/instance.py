@@ -83,7 +83,7 @@ def build(args: argparse.Namespace, token: str) -> base.Engine:
         case OpenAIArgs() as options:
             return _openai(args, options)
         case VllmArgs() as options:
-            return _vllm(args, options, step)
+            return _vllm(args, options, step, token)
         case options:
             raise AssertionError(f"no engine takes {options!r}")
 
@@ -151,7 +151,8 @@ def _emulated(args: argparse.Namespace, options: EmulatedArgs, step: StepFunctio
 def _openai(args: argparse.Namespace, options: OpenAIArgs) -> base.Engine:
     from .engines.openai import OpenAIConfig, OpenAIEngine
 
-    _gives_no_kv(args)
+    if args.kv_listen is not None:
+        raise HyperFlexisError("--kv-listen is for the engines that have KV to give: torch, emulated and vllm")
     if args.url is None or args.name is None:
         raise HyperFlexisError("engine openai needs --url URL of a running server and --name MODEL")
     profile = None if args.profile is None else load_profile(args.profile)
@@ -160,11 +161,10 @@ def _openai(args: argparse.Namespace, options: OpenAIArgs) -> base.Engine:
     )
 
 
-def _vllm(args: argparse.Namespace, options: VllmArgs, step: StepFunctions) -> base.Engine:
+def _vllm(args: argparse.Namespace, options: VllmArgs, step: StepFunctions, token: str) -> base.Engine:
     from .engines.vllm.engine import VllmConfig, VllmEngine
     from .engines.vllm.server import Recipe
 
-    _gives_no_kv(args)
     if (args.url is None) == (args.model is None):
         raise HyperFlexisError("engine vllm needs --url URL of a running server, or --model DIR to start one")
     directory: Path | None = args.model
@@ -182,6 +182,7 @@ def _vllm(args: argparse.Namespace, options: VllmArgs, step: StepFunctions) -> b
             directory=directory,
             python=options.python or sys.executable,
             scheduler=options.scheduler == "hyperflexis",
+            gives_kv=args.kv_listen is not None,
             max_batch=options.max_batch,
             max_batch_tokens=options.max_batch_tokens,
             arguments=arguments,
@@ -196,11 +197,8 @@ def _vllm(args: argparse.Namespace, options: VllmArgs, step: StepFunctions) -> b
             profile=profile,
             step=step.plan,
             recipe=recipe,
+            kv_listen=args.kv_listen,
+            kv_token=token,
             **values,
         )
     )
-
-
-def _gives_no_kv(args: argparse.Namespace) -> None:
-    if args.kv_listen is not None:
-        raise HyperFlexisError("--kv-listen is for the engines that have KV to give: torch and emulated")

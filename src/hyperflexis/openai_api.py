@@ -19,6 +19,8 @@ MAX_STOPS: Final = 4
 MAX_STOP_CHARS: Final = 256
 MAX_LOGPROBS_CHAT: Final = 20
 MAX_LOGPROBS_COMPLETIONS: Final = 5
+# A schema is compiled to a grammar, whose size nobody bounds.
+MAX_STRUCTURED_BYTES: Final = 1 << 16
 # OpenAI's default for completions; chat has none and takes the rest of the context.
 DEFAULT_COMPLETION_TOKENS: Final = 16
 
@@ -232,23 +234,34 @@ _DRAW: dict[str, tuple[object, ...]] = {
     "min_p": (0,),
     "min_tokens": (0,),
     "stop_token_ids": ([],),
+    "continue_final_message": (False,),
+    "add_generation_prompt": (True,),
+}
+
+
+# So do these, which some engines know: what an answer must look like.
+_STRUCTURED: dict[str, tuple[object, ...]] = {
     "response_format": ({"type": "text"},),
     "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
-    "continue_final_message": (False,),
-    "add_generation_prompt": (True,),
 }
 
 
-def check_supported(request: ChatRequest | CompletionRequest, engine_takes_body: bool) -> None:
+def check_supported(
+    request: ChatRequest | CompletionRequest, engine_takes_body: bool, structured_outputs: bool = False
+) -> None:
     """Raise ApiError naming the first field whose meaning would be lost.
 
     ``engine_takes_body``: the engine gets the client's JSON as it is, so that what only concerns the draw is its own.
+    ``structured_outputs``: it knows these.
     """
-    for table in (_SHAPE,) if engine_takes_body else (_SHAPE, _DRAW):
+    lost = [_SHAPE]
+    if not engine_takes_body:
+        lost += [_DRAW] if structured_outputs else [_DRAW, _STRUCTURED]
+    for table in lost:
         for name, neutral in table.items():
             value = getattr(request, name, None)
             if value is not None and value not in neutral:
@@ -264,6 +277,74 @@ def check_supported(request: ChatRequest | CompletionRequest, engine_takes_body:
             for j, part in enumerate(message.content if isinstance(message.content, list) else ()):
                 if part.type != "text" or part.text is None:
                     raise _unsupported(f"messages[{i}].content[{j}] of type {part.type}")
+
+
+class Structured(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What an answer must look like, in vLLM's words (``structured_outputs``): one of these."""
+
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: Annotated[list[str], Meta(min_length=1)] | None = None
+    grammar: str | None = None
+    json_object: Literal[True] | None = None
+
+
+class _JsonSchema(msgspec.Struct, frozen=True):
+    schema: dict[str, Any]
+
+
+class _JsonFormat(msgspec.Struct, frozen=True, tag_field="type", tag="json_schema"):
+    json_schema: _JsonSchema
+
+
+class _AnyJsonFormat(msgspec.Struct, frozen=True, tag_field="type", tag="json_object"):
+    pass
+
+
+class _TextFormat(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
+    pass
+
+
+def structured_outputs(request: ChatRequest | CompletionRequest) -> str:
+    """What the answer must look like, as JSON of a Structured; empty where that is free. Raises ApiError naming the
+    field that is wrong, or the second of two that say something else."""
+    found: tuple[str, Structured] | None = None
+    for name in _STRUCTURED:
+        value = getattr(request, name)
+        if value is None:
+            continue
+        try:
+            wanted = _structured(name, value)
+        except msgspec.ValidationError as error:
+            raise ApiError(400, f"{name}: {error}", param=name) from error
+        if wanted is None:
+            continue
+        if found is not None:
+            raise ApiError(400, f"{name}: {found[0]} says already what the answer is to look like", param=name)
+        found = name, wanted
+    if found is None:
+        return ""
+    text = msgspec.json.encode(found[1]).decode()
+    if len(text) > MAX_STRUCTURED_BYTES:
+        raise ApiError(400, f"{found[0]}: {len(text)} bytes, at most {MAX_STRUCTURED_BYTES}", param=found[0])
+    if sum(value is not None for value in msgspec.structs.astuple(found[1])) != 1:
+        message = f"{found[0]}: give one of json, regex, choice, grammar and json_object"
+        raise ApiError(400, message, param=found[0])
+    return text
+
+
+def _structured(name: str, value: Any) -> Structured | None:
+    if name == "response_format":
+        match msgspec.convert(value, _JsonFormat | _AnyJsonFormat | _TextFormat):
+            case _JsonFormat(json_schema):
+                return Structured(json=json_schema.schema)
+            case _AnyJsonFormat():
+                return Structured(json_object=True)
+            case _:
+                return None
+    if name == "structured_outputs":
+        return msgspec.convert(value, Structured)
+    return msgspec.convert({name.removeprefix("guided_"): value}, Structured)
 
 
 def _unsupported(name: str) -> ApiError:

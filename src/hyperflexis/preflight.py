@@ -13,14 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .config import Fleet, Model, TorchArgs
-from .engines.torch.config import ModelConfig, load_config
+from .engines.torch.config import DTYPE_BYTES, ModelConfig, load_config
 from .errors import HyperFlexisError
 
 PROCESS_BYTES = 400 << 20
 """A torch engine before its weights: the interpreter, torch and work space (measured on Linux)."""
 LEAST_KV_TOKENS = 512
 """What an engine without `kv_tokens` is counted with: it sizes its cache by what it finds free."""
-DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def find_port(host: str, port: int) -> int:

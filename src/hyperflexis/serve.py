@@ -139,8 +139,9 @@ def _status(model: Model) -> wire.ModelStatus:
 
 
 def _gives_weights(model: Model) -> bool:
-    """Whether instances give their weights to others."""
-    return isinstance(model.engine_args(), TorchArgs)
+    """Whether instances give their weights to others: those in the host's memory. A device's have not been run."""
+    args = model.engine_args()
+    return isinstance(args, TorchArgs) and args.device == "cpu"
 
 
 def gateway_config(fleet: Fleet, state_dir: Path, index: int) -> GatewayConfig:

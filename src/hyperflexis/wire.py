@@ -14,7 +14,7 @@ Who talks to whom:
     launcher   -> controller   LauncherJoined, LaunchFailed
     controller -> launcher     Launch, StopInstance, ScaleAsked
     instance   -> controller   LaunchProgressed, InstanceStandby, WeightsLoaded
-    controller -> instance     Drain, SetRole, SetLinks, LoadWeights, SetSendRate
+    controller -> instance     Drain, Stay, SetRole, SetLinks, LoadWeights, SetSendRate
     gateway    -> instance     Generate, Cancel
     instance   -> gateway      Output
 
@@ -55,7 +55,8 @@ class Hello(msgspec.Struct, frozen=True):
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """How tokens are drawn. ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 are off. ``logprobs`` is the
-    number of alternatives to report for each token, None for no log-probabilities at all."""
+    number of alternatives to report for each token, None for no log-probabilities at all. ``structured``: what the
+    answer must look like, as JSON of openai_api.Structured; empty: anything."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -65,6 +66,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
+    structured: str = ""
 
 
 class Generate(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -75,6 +77,7 @@ class Generate(msgspec.Struct, frozen=True, omit_defaults=True):
     engines that take text (``kind`` names the endpoint: chat or completions). ``hands_over``: ask the controller where
     the request goes on when its prompt is nearly computed. With ``kv`` its prompt is not to be computed, but to be had
     from another instance, and so is what that has put out since; ``reported_before`` output tokens are part of it.
+    ``sent_tokens``: so many of the last ones are of the answer, which goes on here.
     """
 
     stream: int
@@ -94,6 +97,7 @@ class Generate(msgspec.Struct, frozen=True, omit_defaults=True):
     hands_over: bool = False
     kv: KvSource | None = None
     reported_before: int = 0
+    sent_tokens: int = 0
 
 
 class Cancel(msgspec.Struct, frozen=True):
@@ -139,12 +143,14 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
 
 class ModelStatus(msgspec.Struct, frozen=True):
     """What gateways need to know of a model: its ready instances and what their engines can take. ``holds``: a request
-    that finds none ready waits, since one is launched for it."""
+    that finds none ready waits, since one is launched for it. ``structured_outputs``: answers can be made to look as
+    the client says."""
 
     ready: list[str]
     context_length: int
     returns_token_ids: bool
     holds: bool = False
+    structured_outputs: bool = False
 
 
 class Scaled(msgspec.Struct, frozen=True):
@@ -204,6 +210,7 @@ MESSAGES: tuple[type, ...] = (
     events.ScaleAsked,
     effects.Launch,
     effects.StopInstance,
+    effects.Stay,
 )
 _CODE = {kind: code for code, kind in enumerate(MESSAGES)}
 _DECODERS: tuple[msgspec.msgpack.Decoder[Any], ...] = tuple(msgspec.msgpack.Decoder(kind) for kind in MESSAGES)

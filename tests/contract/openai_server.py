@@ -17,7 +17,7 @@ CONTEXT = 512
 
 class OpenAIServer:
     """Serves model ``served`` at ``url`` once started. ``token_ids`` makes it speak them, as vLLM does; with a
-    ``version`` it is one, and ``inside`` is what a scheduler in it tells."""
+    ``version`` it is one, and ``inside`` is what a scheduler in it tells; ``gives_kv``: it has a connector."""
 
     def __init__(self, token_ids: bool) -> None:
         self.token_ids = token_ids
@@ -33,6 +33,8 @@ class OpenAIServer:
         self.garbage: bytes | None = None
         self.version: str | None = None
         self.inside: dict[str, Any] | None = None
+        self.gives_kv = False
+        self.stops_at_once = False
         self._seen: dict[tuple[int, ...], int] = {}
         app = web.Application(client_max_size=1 << 24)
         app.router.add_get("/v1/models", self._models)
@@ -104,8 +106,13 @@ class OpenAIServer:
         self._seen[tuple(prompt)] = len(prompt) // 16 * 16
         if not body.get("stream"):
             choice = {"text": "!", "token_ids": [33] if self.token_ids else None, "finish_reason": "length"}
+            if self.stops_at_once:
+                choice["finish_reason"] = "stop"
             parameters = {"hyperflexis": self.inside} if "hfx_probe" in body.get("vllm_xargs", {}) else None
-            return web.json_response({"choices": [choice], "kv_transfer_params": parameters})
+            if self.gives_kv and body.get("kv_transfer_params", {}).get("do_remote_decode"):
+                parameters = {"do_remote_prefill": True, "remote_engine_id": self.url, "remote_block_ids": [[1, 2]]}
+            usage = {"prompt_tokens": len(prompt), "completion_tokens": 1}
+            return web.json_response({"choices": [choice], "usage": usage, "kv_transfer_params": parameters})
         out = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await out.prepare(request)
         for number in range(1, limit + 1):

@@ -84,6 +84,7 @@ class Driver:
         hands_over: bool = False,
         kv: KvSource | None = None,
         salt: str = "",
+        sent_tokens: int = 0,
     ) -> object:
         number = next(self._numbers)
         key = object()
@@ -100,12 +101,15 @@ class Driver:
             hands_over=hands_over,
             kv=kv,
             salt=salt,
+            sent_tokens=sent_tokens,
         )
         self.engine.generate(key, request)
         return key
 
-    async def run(self, prompt: list[int], max_tokens: int = 8, sampling: Sampling | None = None) -> Stream:
-        stream = self.streams[self.send(prompt, max_tokens, sampling)]
+    async def run(
+        self, prompt: list[int], max_tokens: int = 8, sampling: Sampling | None = None, sent_tokens: int = 0
+    ) -> Stream:
+        stream = self.streams[self.send(prompt, max_tokens, sampling, sent_tokens=sent_tokens)]
         await stream.ended()
         return stream
 

@@ -184,7 +184,7 @@ async def test_a_resumed_stream_goes_on_as_it_would_have(driver: Driver, seed: i
 
     whole = await driver.run(prompt, sampling=sampling(40))
     for sent in (1, 16, 39):
-        rest = await driver.run(prompt + whole.tokens[:sent], sampling=sampling(40 - sent))
+        rest = await driver.run(prompt + whole.tokens[:sent], sampling=sampling(40 - sent), sent_tokens=sent)
         assert whole.tokens[:sent] + rest.tokens == whole.tokens
     assert len(set(whole.tokens)) > 1, "one token repeated would prove nothing"
 

@@ -10,7 +10,7 @@ import pytest
 from tests.unit.test_controller import ask, info, report, request
 
 from hyperflexis.controller import Controller, ControllerConfig, Snapshot
-from hyperflexis.core.effects import Dispatch, Effect, Evacuate, Handoff, SetLinks, SetRole, Suspect
+from hyperflexis.core.effects import Dispatch, Effect, Evacuate, Handoff, SetLinks, SetRole, Stay, Suspect
 from hyperflexis.core.events import (
     DrainAsked,
     GatewayJoined,
@@ -218,6 +218,18 @@ def test_with_one_output_token_there_is_nothing_to_hand_over():
     c, _ = fleet()
     sent = ask(c, request("r", max_output_tokens=1))
     assert not sent.hands_over
+
+
+def test_one_that_stands_still_is_told_when_it_stays():
+    c, _ = fleet(Split(prefill=1, decode=0, adapt=False), 0)
+    for i in range(2):
+        join(c, info(f"i{i}", kv_address=f"unix:kv{i}", kv_bytes_per_token=1000, parks=True))
+    ask(c, request("r", 2000, 64), 0.0)
+    (handed,) = c.handle(ending(), 0.1)
+    assert isinstance(handed, Handoff)
+    assert c.handle(HandoffFailed("r", "i0", 1, "its target is gone"), 0.2) == [Stay("r", "i0", 1)]
+    assert c.handle(ending("unknown"), 0.3) == [Stay("unknown", "i0", 1)]
+    assert c.handle(ending("r", epoch=7), 0.3) == []
 
 
 def test_stale_and_unknown_endings_are_ignored():

@@ -13,6 +13,7 @@ from hyperflexis.openai_api import (
     CompletionRequest,
     check_supported,
     parse_request,
+    structured_outputs,
 )
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -79,6 +80,54 @@ def test_engines_that_take_the_body_may_know_what_ours_do_not() -> None:
         check_supported(shape, engine_takes_body=True)
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, None),
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, {"json_object": True}),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "array"}}}},
+            {"json": {"type": "array"}},
+        ),
+        ({"guided_json": {"type": "array"}}, {"json": {"type": "array"}}),
+        ({"guided_regex": "a+"}, {"regex": "a+"}),
+        ({"guided_choice": ["a", "b"]}, {"choice": ["a", "b"]}),
+        ({"guided_grammar": "root ::= a"}, {"grammar": "root ::= a"}),
+        ({"structured_outputs": {"regex": "a+"}}, {"regex": "a+"}),
+    ],
+)
+def test_what_an_answer_must_look_like(fields: dict[str, Any], expected: Any) -> None:
+    request = parse("chat", CHAT | fields)
+    check_supported(request, engine_takes_body=False, structured_outputs=True)
+    found = structured_outputs(request)
+    assert (json.loads(found) if found else None) == expected
+    if expected is not None:
+        with pytest.raises(ApiError) as error:
+            check_supported(request, engine_takes_body=False)
+        assert error.value.param in fields
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"guided_choice": []}, "guided_choice"),
+        ({"guided_regex": 3}, "guided_regex"),
+        ({"guided_regex": "a" * 70_000}, "guided_regex"),
+        ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs"),
+        ({"structured_outputs": {"unknown": 1}}, "structured_outputs"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+    ],
+)
+def test_what_it_cannot_look_like_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(ApiError) as error:
+        structured_outputs(parse("chat", CHAT | fields))
+    assert error.value.status == 400 and error.value.param == param
+
+
 def test_a_missing_field_is_named() -> None:
     with pytest.raises(ApiError) as error:
         parse("chat", {"model": "m"})
@@ -98,7 +147,8 @@ def test_any_body_is_read_or_refused_with_a_4xx(kind: Any, change: dict[str, Any
     base = CHAT if kind == "chat" else COMPLETION
     try:
         request = parse(kind, base | change)
-        check_supported(request, engine_takes_body=False)
+        check_supported(request, engine_takes_body=False, structured_outputs=True)
+        structured_outputs(request)
         request.stops(), request.num_logprobs(), request.token_limit()
         if isinstance(request, CompletionRequest):
             request.prompts()

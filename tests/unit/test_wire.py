@@ -55,6 +55,7 @@ MESSAGES = [
     weights.LoadWeights("i", 3, (weights.WeightSource("host:1", "k", 5),), "abc", 1 << 24),
     weights.WeightsLoaded("i", 3, (weights.Attempt("tcp", "k", 7, 0.5, "it left"),), (), "nothing came"),
     weights.SetSendRate("i", 3, None),
+    effects.Stay("r", "i", 3),
     events.LauncherJoined((LAUNCH,), {"m": 3}),
     events.LaunchProgressed("m-1", "engine_init", 0.5, InstanceState.LAUNCHING),
     events.LaunchFailed("m-1", "it ended", "node-1"),

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from hyperflexis.engines.vllm.server import GUARDED, Recipe
+from hyperflexis.engines.vllm.server import GUARDED, Recipe, SideChannel
 
 FLAVOURS = ["stock", "scheduler"]
 START_LIMIT_S = 900.0
@@ -40,6 +46,7 @@ class Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+        self._side = SideChannel()
         self.url = f"http://127.0.0.1:{port}"
         self._log = log
         with log.open("wb") as output:
@@ -48,7 +55,7 @@ class Server:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, **recipe.env},
+                env={**os.environ, **self._side.env(), **recipe.env},
                 start_new_session=True,
             )
 
@@ -68,6 +75,7 @@ class Server:
         assert self._process.stdin is not None
         self._process.stdin.close()  # the guard kills the group
         self._process.wait()
+        self._side.close()
 
 
 class Servers:
@@ -87,3 +95,40 @@ class Servers:
     def stop(self) -> None:
         for server in self._servers.values():
             server.stop()
+
+
+@contextmanager
+def serving(entry: dict[str, object], folder: Path) -> Iterator[str]:
+    """A fleet of one model, from its start to its end; the URL of its gateway."""
+    file = folder / "fleet.yaml"
+    file.write_text(json.dumps({"model": entry, "listen": "127.0.0.1:0", "state_dir": str(folder / "state")}))
+    log = folder / "serve.log"
+    with log.open("wb") as output:
+        serve = subprocess.Popen(
+            [sys.executable, "-m", "hyperflexis", "serve", str(file)], stdout=output, stderr=output
+        )
+    try:
+        yield _ready(log, serve)
+    finally:
+        serve.send_signal(signal.SIGTERM)  # killed, it would leave the fleet to the next serve
+        serve.wait(60)
+
+
+def _ready(log: Path, serve: subprocess.Popen[bytes]) -> str:
+    deadline = time.monotonic() + START_LIMIT_S
+    while time.monotonic() < deadline:
+        assert serve.poll() is None, log.read_text()
+        found = re.search(r"ready after .* at (http://\S+);", log.read_text())
+        if found is not None:
+            return found[1]
+        time.sleep(0.5)
+    raise AssertionError(log.read_text())
+
+
+def metric(url: str, name: str) -> float:
+    """The sum of all series whose names begin so."""
+    with urllib.request.urlopen(f"{url}/metrics") as answer:
+        text = answer.read().decode()
+    found = [float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name)]
+    assert found, f"{name} is not among the metrics of {url}"
+    return sum(found)

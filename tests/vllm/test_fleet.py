@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import re
 import shlex
 import signal
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import openai
 import pytest
-from tests.vllm.servers import ENV, SMALL, START_LIMIT_S
+from tests.vllm.servers import ENV, SMALL, metric, serving
 
 STREAMS = 24
 TOKENS = 200
@@ -50,7 +43,6 @@ class Fleet:
 
 @pytest.fixture(scope="module")
 def fleet(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    folder = tmp_path_factory.mktemp("fleet")
     entry = {
         "name": "m",
         "engine": "vllm",
@@ -59,43 +51,14 @@ def fleet(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fle
         "env": ENV,
         "instances": {"min": 2},
     }
-    file = folder / "fleet.yaml"
-    file.write_text(json.dumps({"model": entry, "listen": "127.0.0.1:0", "state_dir": str(folder / "state")}))
     others = frozenset(Fleet("", model, frozenset()).servers())
-    log = folder / "serve.log"
-    with log.open("wb") as output:
-        serve = subprocess.Popen(
-            [sys.executable, "-m", "hyperflexis", "serve", str(file)], stdout=output, stderr=output
-        )
-    try:
-        one = Fleet(_ready(log, serve), model, others)
+    with serving(entry, tmp_path_factory.mktemp("fleet")) as url:
+        one = Fleet(url, model, others)
         assert len(one.servers()) == 2
         yield one
         pids = one.servers()
-        serve.send_signal(signal.SIGTERM)
-        serve.wait(60)
-        assert not [pid for pid in pids if Path(f"/proc/{pid}/cmdline").exists()], "servers outlived the fleet"
-        assert not one.servers()
-    finally:
-        serve.send_signal(signal.SIGTERM)  # killed, it would leave the fleet to the next serve
-        serve.wait(60)
-
-
-def _ready(log: Path, serve: subprocess.Popen[bytes]) -> str:
-    deadline = time.monotonic() + START_LIMIT_S
-    while time.monotonic() < deadline:
-        assert serve.poll() is None, log.read_text()
-        found = re.search(r"ready after .* at (http://\S+);", log.read_text())
-        if found is not None:
-            return found[1]
-        time.sleep(0.5)
-    raise AssertionError(log.read_text())
-
-
-def _metric(url: str, name: str) -> float:
-    with urllib.request.urlopen(f"{url}/metrics") as answer:
-        text = answer.read().decode()
-    return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
+    assert not [pid for pid in pids if Path(f"/proc/{pid}/cmdline").exists()], "servers outlived the fleet"
+    assert not one.servers()
 
 
 def test_the_official_client_chats_and_completes(fleet: Fleet) -> None:
@@ -164,5 +127,5 @@ async def test_no_stream_fails_and_none_differs_when_a_server_is_killed(fleet: F
     disturbed = await asyncio.gather(*streams)
     assert [finish for _, finish in disturbed] == ["length"] * STREAMS
     assert disturbed == undisturbed
-    assert _metric(fleet.url, "hyperflexis_redispatched_total") > 0
+    assert metric(fleet.url, "hyperflexis_redispatched_total") > 0
     await client.close()

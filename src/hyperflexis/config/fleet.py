@@ -250,10 +250,8 @@ class Model(Section):
                 if getattr(self, key) is not None:
                     raise ValueError(f"{key} is for mode disaggregated, not {self.mode}: remove it, or set that mode")
             return self
-        if self.engine in ("openai", "vllm"):
-            raise ValueError(
-                f"mode disaggregated: servers of engine {self.engine} give no KV away: use colocated or observe"
-            )
+        if self.engine == "openai":
+            raise ValueError("mode disaggregated: servers of engine openai give no KV away: use colocated or observe")
         if self.num_instances < 2:
             raise ValueError("mode disaggregated needs two instances: set instances.min to 2 or more")
         if self.prefill is not None and self.prefill >= self.num_instances:

@@ -68,6 +68,16 @@ class Handoff:
 
 
 @dataclass(frozen=True, slots=True)
+class Stay:
+    """A request whose prompt is computed goes on where it is. Told to instances whose requests stand still until then
+    (InstanceInfo.parks)."""
+
+    request_id: str
+    instance: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class SetRole:
     """The share of prompts that an instance takes: 1 prefill only, 0 decode only, between: convertible."""
 
@@ -178,6 +188,7 @@ class Planned:
 Effect = (
     Dispatch
     | Handoff
+    | Stay
     | Reject
     | Suspect
     | Evacuate

@@ -69,8 +69,9 @@ class InstanceInfo:
     where other instances get the KV of its requests (empty: it gives none), ``kv_bytes_per_token`` how much that is.
     ``labels`` say where it is, by the names of TOPOLOGY. ``weights_address`` is where others get its weights (empty: it
     gives none), ``weights_digest`` says which these are (empty: none yet, or its engine does not know),
-    ``weights_bytes`` how much that is. ``guessed``: its iterations are not measured but guessed from what
-    comes of them.
+    ``weights_bytes`` how much that is. ``guessed``: its iterations are not measured but guessed from what comes of
+    them. ``structured_outputs``: its answers can be made to look as a client says. ``parks``: requests that are to be
+    handed over stand still there when their prompt is computed, until they are asked for or are told to stay.
     """
 
     id: str
@@ -92,6 +93,8 @@ class InstanceInfo:
     weights_digest: str = ""
     weights_bytes: int = 0
     guessed: bool = False
+    structured_outputs: bool = False
+    parks: bool = False
 
 
 @dataclass(frozen=True, slots=True)

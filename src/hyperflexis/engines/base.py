@@ -27,8 +27,9 @@ class EngineInfo:
     """What an engine is, known once it has started. Sizes in tokens; ``latency`` is the prior of the fit. Other
     instances get the KV of its requests at ``kv_address`` (empty: nowhere), ``kv_bytes_per_token`` for each token,
     and its weights at ``weights_address``: those with ``weights_digest`` (empty: none yet, or it does not know), of
-    ``weights_bytes``. ``guessed``: its iterations are not measured but guessed
-    from what comes of them."""
+    ``weights_bytes``. ``guessed``: its iterations are not measured but guessed from what comes of them.
+    ``structured_outputs``: it keeps answers to what ``Sampling.structured`` says. ``parks``: a request with
+    ``hands_over`` stands still when its prompt is computed, until it is asked for or told to ``stay``."""
 
     model: str
     engine: str
@@ -45,6 +46,8 @@ class EngineInfo:
     weights_digest: str = ""
     weights_bytes: int = 0
     guessed: bool = False
+    structured_outputs: bool = False
+    parks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +148,9 @@ class Engine(Protocol):
 
     def cancel(self, key: object) -> None:
         """End a stream and free its KV by the next iteration. Emits ``cancelled`` once, or nothing if it had ended."""
+
+    def stay(self, request_id: str) -> None:
+        """A request that ``ending`` heard of goes on here. Nobody waits for this where the engine does not park."""
 
     def report(self) -> EngineReport:
         """The state now. Cheap: called ten times a second. Raises HyperFlexisError once the engine has broken for good:

@@ -10,6 +10,7 @@
     controller -> SetSendRate               how fast it may give its weights to others
     controller <- InstanceReported          every ``report_every_s`` while something changes, at least each second
     controller <- PrefillEnding             a request is to be handed over: where to?
+    controller -> Stay                      it goes on here
     controller -> Drain                     take nothing new; the process goes on until it is told to stop
     controller -> SetRole                   the share of prompts that the instance is to take
     controller -> SetLinks                  the instances whose KV it is to be able to get
@@ -34,7 +35,7 @@ from hmac import compare_digest
 from typing import Any
 
 from .. import wire
-from ..core.effects import Drain, SetLinks, SetRole
+from ..core.effects import Drain, SetLinks, SetRole, Stay
 from ..core.events import (
     InstanceDraining,
     InstanceJoined,
@@ -260,6 +261,8 @@ class InstanceHost:
             weights_digest=engine.weights_digest,
             weights_bytes=engine.weights_bytes,
             guessed=engine.guessed,
+            structured_outputs=engine.structured_outputs,
+            parks=engine.parks,
         )
         self._move(InstanceState.STANDBY)
         if not standby:
@@ -419,6 +422,9 @@ class InstanceHost:
         if isinstance(message, Drain):
             if message.epoch == self._identity.epoch:
                 self._drain(message)
+        elif isinstance(message, Stay):
+            if message.epoch == self._identity.epoch:
+                self.engine.stay(message.request_id)
         elif isinstance(message, SetRole):
             if message.epoch == self._identity.epoch:
                 self._prefill_share = message.prefill_share

@@ -18,6 +18,7 @@ import os
 import re
 import time
 from collections.abc import Iterable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ from ..core.weights import LoadWeights
 from ..errors import HyperFlexisError, ProtocolError
 from ..wire import Generate, unpack_ids
 from .base import STANDBY, Emission, Ending, EngineInfo, EngineReport, Linked, Loaded, PhaseOver, Sink
-from .openai_answer import CARDS, EVENT, Card, Event, Events, error_message, is_set, token_logprobs_of
+from .openai_answer import CARDS, EVENT, Card, Event, Events, Usage, error_message, is_set, token_logprobs_of
 
 CONNECT_S = 5.0
 START_RETRY_S = 0.5
@@ -153,6 +154,7 @@ class OpenAIEngine:
         self._heard_at = 0.0
         self._draining = False
         self._standby = False
+        self._takes_kv = False
         self._failure: str | None = None
         self._health: asyncio.Task[None] | None = None
 
@@ -225,7 +227,7 @@ class OpenAIEngine:
         if refusal:
             self._sink([Emission(key, [], finish="refused", message=refusal)])
             return
-        if request.kv is not None:
+        if request.kv is not None and not self._takes_kv:
             self._sink([Emission(key, [], finish="refused", message="the server takes no KV")])
             return
         try:
@@ -292,6 +294,9 @@ class OpenAIEngine:
             latency=self._fit.coefficients,
             progress=tuple(progress),
         )
+
+    def stay(self, request_id: str) -> None:
+        """Without effect: its requests are not handed over."""
 
     def set_role(self, prefill_share: float) -> None:
         """Accepted and without effect: the server takes what it is sent."""
@@ -455,16 +460,8 @@ class OpenAIEngine:
 
     async def _serve(self, stream: ServerStream, path: str, body: bytes) -> None:
         """One request, from the connection to its end."""
-        headers = {"Content-Type": "application/json"}
         try:
-            async with self._session.post(f"{self._url}{path}", data=body, headers=headers) as answer:
-                if answer.status != 200:
-                    message = error_message(await answer.content.read(MAX_ERROR_BYTES)) or f"status {answer.status}"
-                    self._finish(stream, HTTP_FINISH.get(answer.status, "error"), message)
-                elif answer.content_type != "text/event-stream":
-                    self._finish(stream, "error", f"the server answered with {answer.content_type}, not with a stream")
-                else:
-                    await self._read(stream, answer.content)
+            await self._converse(stream, path, body)
         except aiohttp.ClientConnectorError as error:
             self._finish(stream, "refused", f"the server cannot be reached: {error}")
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -473,6 +470,26 @@ class OpenAIEngine:
             self._finish(stream, "error", f"the server's answer is not OpenAI's format: {error}")
         finally:
             self._flush()
+
+    async def _converse(self, stream: ServerStream, path: str, body: bytes) -> None:
+        """Send it and read what comes. Whoever calls this knows what its exceptions say of the server."""
+        async with self._post(path, body) as answer:
+            if await self._is_answered(stream, answer, "text/event-stream"):
+                await self._read(stream, answer.content)
+
+    def _post(self, path: str, body: bytes) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        return self._session.post(f"{self._url}{path}", data=body, headers={"Content-Type": "application/json"})
+
+    async def _is_answered(self, stream: ServerStream, answer: aiohttp.ClientResponse, content_type: str) -> bool:
+        """Whether the server does what it was asked for; the stream ends if it does not."""
+        if answer.status != 200:
+            message = error_message(await answer.content.read(MAX_ERROR_BYTES)) or f"status {answer.status}"
+            self._finish(stream, HTTP_FINISH.get(answer.status, "error"), message)
+        elif answer.content_type != content_type:
+            self._finish(stream, "error", f"the server answered with {answer.content_type}, not with {content_type}")
+        else:
+            return True
+        return False
 
     async def _read(self, stream: ServerStream, content: aiohttp.StreamReader) -> None:
         events = Events()
@@ -505,11 +522,9 @@ class OpenAIEngine:
             return
         if event.usage is not None and event.usage.prompt_tokens:
             usage = event.usage
-            details = usage.prompt_tokens_details
-            stream.num_prompt_tokens = usage.prompt_tokens
+            self._count_prompt(stream, usage)
             self._counters.output_tokens += max(usage.completion_tokens - stream.num_output_tokens, 0)
             stream.num_output_tokens = max(usage.completion_tokens, stream.num_output_tokens)
-            stream.cached_tokens = (details.cached_tokens or 0) if details is not None else 0
         if not event.choices:
             return
         choice = event.choices[0]
@@ -541,6 +556,12 @@ class OpenAIEngine:
             if ids and is_set(choice.logprobs):
                 out.logprobs = (out.logprobs or []) + token_logprobs_of(choice.logprobs, ids)
 
+    def _count_prompt(self, stream: ServerStream, usage: Usage) -> None:
+        """What the server tells of the prompt."""
+        details = usage.prompt_tokens_details
+        stream.num_prompt_tokens = usage.prompt_tokens
+        stream.cached_tokens = (details.cached_tokens or 0) if details is not None else 0
+
     def _observe(self, stream: ServerStream, num_tokens: int) -> None:
         """Count tokens, and learn from the gaps between those of one stream: each is about an iteration."""
         now = self._clock()
@@ -549,11 +570,7 @@ class OpenAIEngine:
         self._counters.output_tokens += num_tokens
         window = self._window
         if stream.first_at is None:
-            stream.first_at = now
-            self._counters.iterations += 1
-            if window is not None:
-                window.prefill_tokens += stream.num_prompt_tokens
-                window.attention += 0.5 * stream.num_prompt_tokens**2
+            self._prompt_ended(stream, now)
         elif window is None:
             self._counters.iterations += num_tokens
             self._window = _Window(stream, now)
@@ -568,6 +585,14 @@ class OpenAIEngine:
                 shape = (round(window.prefill_tokens / n), window.attention / n, round(window.decodes / n))
                 self._fit.observe(*shape, round(window.kv_tokens / n), (now - window.began_at) / n)
                 self._window = _Window(stream, now)
+
+    def _prompt_ended(self, stream: ServerStream, now: float) -> None:
+        """Its first token is there."""
+        stream.first_at = now
+        self._counters.iterations += 1
+        if self._window is not None:
+            self._window.prefill_tokens += stream.num_prompt_tokens
+            self._window.attention += 0.5 * stream.num_prompt_tokens**2
 
     def _finish(self, stream: ServerStream, reason: str, message: str = "") -> None:
         """Mark the end, once; the emission leaves with the next flush."""

@@ -12,6 +12,7 @@ from ..openai_api import (
     Kind,
     check_supported,
     parse_request,
+    structured_outputs,
 )
 from ..wire import ModelStatus, Sampling, pack_ids
 from .config import Tenant
@@ -87,7 +88,7 @@ class Intakes:
         text = self.texts[model]
         if text is None and status.returns_token_ids:
             text = ByteText()
-        check_supported(request, engine_takes_body=text is None)
+        check_supported(request, engine_takes_body=text is None, structured_outputs=status.structured_outputs)
         if text is None:
             prompts: Sequence[Prompt] = [_opaque(request, body, status.context_length)]
         else:
@@ -105,7 +106,7 @@ class Intakes:
             promise=promise,
             prompts=tuple(prompts),
             n=n,
-            sampling=_sampling(request),
+            sampling=_sampling(request, "" if text is None else structured_outputs(request)),
             stops=request.stops(),
             stream=bool(request.stream),
             include_usage=request.stream_options is not None and bool(request.stream_options.include_usage),
@@ -152,7 +153,7 @@ def _opaque(request: ChatRequest | CompletionRequest, body: bytes, context: int)
     return Prompt(b"", tokens, room if limit is None else min(limit, room), (), ())
 
 
-def _sampling(request: ChatRequest | CompletionRequest) -> Sampling:
+def _sampling(request: ChatRequest | CompletionRequest, structured: str) -> Sampling:
     top_k = request.top_k or 0
     return Sampling(
         temperature=1.0 if request.temperature is None else request.temperature,
@@ -161,4 +162,5 @@ def _sampling(request: ChatRequest | CompletionRequest) -> Sampling:
         seed=request.seed,
         ignore_eos=bool(request.ignore_eos),
         logprobs=request.num_logprobs(),
+        structured=structured,
     )

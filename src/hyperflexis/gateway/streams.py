@@ -350,6 +350,7 @@ class Choice:
             hands_over=hands_over,
             kv=kv,
             reported_before=before - self._base,
+            sent_tokens=before,
         )
 
     def tokens(

@@ -30,6 +30,7 @@ from ..core.effects import (
     Reject,
     SetLinks,
     SetRole,
+    Stay,
     StopInstance,
     Suspect,
 )
@@ -293,7 +294,7 @@ class Server:
                 share, reason = effect.prefill_share, effect.reason
                 _log.info("instance %s takes a share of %.2g of the prompts: %s", effect.instance, share, reason)
                 self._instances[effect.instance].link.send(effect)
-            case SetLinks():
+            case SetLinks() | Stay():
                 self._instances[effect.instance].link.send(effect)
             case Evacuate():
                 for link in self._gateways.values():
@@ -350,7 +351,9 @@ class Server:
             info = instance.info
             of_model = ready.setdefault(info.model, [])
             holds = info.model in self._config.models
-            self._models[info.model] = wire.ModelStatus([], info.context_length, info.returns_token_ids, holds)
+            self._models[info.model] = wire.ModelStatus(
+                [], info.context_length, info.returns_token_ids, holds, info.structured_outputs
+            )
             if id in takes_work:
                 of_model.append(id)
             else:

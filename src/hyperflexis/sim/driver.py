@@ -39,6 +39,7 @@ from ..core.effects import (
     Reject,
     SetLinks,
     SetRole,
+    Stay,
     StopInstance,
     Suspect,
 )
@@ -216,7 +217,7 @@ class _Simulation:  # implements the Fleet of handoffs.py and launches.py
                     self._counters.transitions += 1
                 case SetLinks():
                     self._handoffs.link(effect, now)
-                case Suspect() | Planned() | LoadWeights() | SetSendRate():
+                case Suspect() | Stay() | Planned() | LoadWeights() | SetSendRate():
                     pass  # what a start takes is known here (launches.py)
                 case Launch():
                     self._launches.begin(effect, now)

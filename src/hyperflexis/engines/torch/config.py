@@ -12,6 +12,7 @@ import msgspec
 from ...errors import HyperFlexisError
 
 FAMILIES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 RopeKind = Literal["default", "linear", "llama3"]
 T = TypeVar("T")
 

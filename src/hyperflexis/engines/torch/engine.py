@@ -202,6 +202,9 @@ class TorchEngine:
             raise HyperFlexisError(self._failure)
         return report_of(self._batcher)
 
+    def stay(self, request_id: str) -> None:
+        """Without effect: it has gone on meanwhile."""
+
     def set_role(self, prefill_share: float) -> None:
         """Accepted and without effect: the instance takes what it is sent."""
 

@@ -6,6 +6,7 @@ order             stock servers get what they would begin now, with a priority (
                   scheduler gets all, with what was promised, and decides itself
 prefixes          tenants are kept apart by vLLM's ``cache_salt``
 iterations        told by our scheduler, else fitted from outside as with any server
+KV                where servers give it to each other, requests go on elsewhere at the end of their prompt (handoff.py)
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import re
 import shutil
 import socket
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,17 +27,24 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from ...core.links import KvSource
+from ...core.transfer import SourceState
 from ...core.weights import LoadWeights, Phase
-from ...errors import HyperFlexisError
+from ...errors import HyperFlexisError, ProtocolError
 from ...policy.step import StepPolicy
 from ...sequences import Sequence
+from ...transfer.links import Refusal
 from ...wire import Generate
 from ..base import Ending, EngineInfo, EngineReport, Linked, Loaded, PhaseOver, Sink
 from ..driver import sequence_of
+from ..handoff import HandoffConfig
 from ..openai import OpenAIConfig, OpenAIEngine, ServerStream
+from ..openai_answer import NULL, Event
+from ..torch.config import DTYPE_BYTES, load_config
+from .handoff import DECODES_ELSEWHERE, Fetched, NixlHandoffs
 from .server import Recipe, VllmServer, start_server
 from .sleep import Sleeper
-from .terms import MAX_REPORT_BYTES, PROBE, REPORTS_VARIABLE, Capabilities, Promise, StepReport
+from .terms import MAX_REPORT_BYTES, PROBE, REPORTS_VARIABLE, SENT, Capabilities, Promise, StepReport
 from .window import Window
 
 LEAST_VERSION = (0, 10, 2)
@@ -59,15 +68,26 @@ _log = logging.getLogger(__name__)
 class VllmConfig(OpenAIConfig):
     """As OpenAIConfig, always with token ids. ``step`` orders requests in front of a stock server, for which
     ``max_batch`` and ``max_batch_tokens`` should be its own ``--max-num-seqs`` and ``--max-num-batched-tokens``.
-    ``recipe`` starts a server, in place of ``url``."""
+    ``recipe`` starts a server, in place of ``url``. ``kv_listen``: address (``unix:PATH`` or HOST:PORT) at which other
+    instances ask for requests whose prompts were computed here, None for nowhere; ``kv_token``: the word that they
+    share. The servers need a KV connector then, NIXL's."""
 
     step: StepPolicy[Any] | None = None
     max_batch_tokens: int | None = None
     recipe: Recipe | None = None
+    kv_listen: str | None = None
+    kv_token: str = ""
 
 
 class _Parameters(msgspec.Struct):
     hyperflexis: Capabilities | None = None
+    remote_engine_id: str | None = None
+
+
+class _Prompt(Event):
+    """The whole answer to a request for one token."""
+
+    kv_transfer_params: msgspec.Raw = NULL
 
 
 class _Probed(msgspec.Struct):
@@ -90,6 +110,9 @@ class _Checked(msgspec.Struct):
     choices: list[_Check] = []
 
 
+_PROMPT = msgspec.json.Decoder(_Prompt)
+
+
 class VllmEngine(OpenAIEngine):
     """See the module."""
 
@@ -107,6 +130,10 @@ class VllmEngine(OpenAIEngine):
         self._reports = _Reports()
         self._sleeper: Sleeper | None = None
         self._fingerprint: dict[str, float] = {}
+        self._handoffs: NixlHandoffs | None = None
+        self._fetching: dict[object, asyncio.Task[None]] = {}
+        self._fetched: dict[object, Fetched] = {}
+        self._parked: dict[object, ServerStream] = {}
 
     async def start(
         self,
@@ -124,7 +151,7 @@ class VllmEngine(OpenAIEngine):
         Raises HyperFlexisError when it ends or does not answer in time, is no vLLM or too old a one, does not serve
         the model, or is to sleep and cannot.
         """
-        recipe = self._vllm.recipe
+        config, recipe = self._vllm, self._vllm.recipe
         ended: asyncio.Future[str] | None = None
         if recipe is not None:
             reports = await self._reports.open()
@@ -152,6 +179,12 @@ class VllmEngine(OpenAIEngine):
             await self._warm_up(prompt, min(WARM_UP_BATCH, info.max_batch))
             if standby:
                 await self._lie_down()
+            if config.kv_listen is not None:
+                handoff = HandoffConfig(config.kv_listen, config.kv_token, instance, epoch)
+                self._handoffs = NixlHandoffs(handoff, f"{info.model} vLLM {self._version}", ending, linked)
+                self._takes_kv = True
+                size = self._kv_bytes_per_token()
+                info = replace(info, kv_address=self._handoffs.address, kv_bytes_per_token=size, parks=True)
         except BaseException:
             await self.stop()
             raise
@@ -179,6 +212,10 @@ class VllmEngine(OpenAIEngine):
         """As told by the scheduler inside the server, else as seen from here. Raises HyperFlexisError once the server
         is gone."""
         report, told = super().report(), self._reports.last
+        # What stands still between two servers is no work of this one: it must not look as if it hung over it.
+        prompts = sum(stream.first_at is not None for stream in self._parked.values())
+        running, waiting = report.num_running - prompts, report.num_waiting - (len(self._parked) - prompts)
+        report = replace(report, num_running=running, num_waiting=waiting)
         if told is None:
             return report
         found = msgspec.structs.asdict(told) | {"latency": told.coefficients()}
@@ -188,11 +225,23 @@ class VllmEngine(OpenAIEngine):
         found["num_waiting"] = max(report.num_running + report.num_waiting - found["num_running"], 0)
         return replace(report, **found)
 
+    def stay(self, request_id: str) -> None:
+        """See Engine."""
+        if self._handoffs is not None:
+            self._handoffs.stay(request_id)
+
+    def keep_links(self, sources: Iterable[KvSource]) -> None:
+        """See Engine."""
+        if self._handoffs is not None:
+            self._handoffs.keep_links(sources)
+
     async def stop(self) -> None:
         """End all streams with ``error``, and the server if it was started here."""
         if self._look is not None:
             self._look.cancel()
         await super().stop()
+        if self._handoffs is not None:
+            await self._handoffs.close()
         await self._stop_server()
 
     def _described(self, info: EngineInfo) -> EngineInfo:
@@ -206,7 +255,8 @@ class VllmEngine(OpenAIEngine):
             "%s: vLLM %s, %d tokens of context, %d of KV cache, %s",
             *(self._url, self._version, info.context_length, info.kv_capacity_tokens, order),
         )
-        return replace(info, engine="vllm", max_batch=max_batch, max_batch_tokens=max_batch_tokens)
+        found = replace(info, engine="vllm", structured_outputs=True)
+        return replace(found, max_batch=max_batch, max_batch_tokens=max_batch_tokens)
 
     async def _check_token_ids(self) -> None:
         self._version = await self._find_version()
@@ -223,6 +273,13 @@ class VllmEngine(OpenAIEngine):
                 f"vLLM {self._version} runs without our scheduler although it was asked for: is there another "
                 "--scheduler-cls among the arguments? Remove it, or set scheduler: vllm"
             )
+        if self._vllm.kv_listen is not None:
+            found = msgspec.json.decode(await self._one_token({"kv_transfer_params": DECODES_ELSEWHERE}), type=_Probed)
+            if found.kv_transfer_params is None or found.kv_transfer_params.remote_engine_id is None:
+                raise HyperFlexisError(
+                    f"{self._url} gives no KV to other servers, as mode disaggregated asks for: start it with "
+                    "--kv-transfer-config for NixlConnector (docs/engines/vllm.md)"
+                )
 
     async def _warm_up(self, num_tokens: int, batch: int) -> None:
         """The first prompt of a server is slow, which must not look as if it hung. What the next ones take, one alone
@@ -302,11 +359,54 @@ class VllmEngine(OpenAIEngine):
 
     def _request(self, request: Generate) -> tuple[str, dict[str, Any]]:
         path, body = super()._request(request)
+        structured = request.sampling.structured
+        if structured:
+            if request.sent_tokens and self._inside is None:
+                raise ProtocolError(
+                    "vLLM's own scheduler would begin a structured answer anew, so it cannot go on: --scheduler-cls "
+                    "hyperflexis.engines.vllm.SloScheduler on its servers lets it"
+                )
+            body["structured_outputs"] = msgspec.Raw(structured.encode())
         if request.salt:
             body["cache_salt"] = request.salt
         return path, body
 
+    def _kv_bytes_per_token(self) -> int:
+        """What the profile says, else what follows from the model's configuration; 0 where neither is known."""
+        config = self._vllm
+        if config.profile is not None:
+            return config.profile.kv_bytes_per_token
+        if config.recipe is None:
+            return 0
+        try:
+            model = load_config(config.recipe.directory)
+        except HyperFlexisError:
+            return 0  # an architecture that our own engine does not know
+        return model.kv_elements_per_token * DTYPE_BYTES[model.dtype]
+
     def _admit(self, stream: ServerStream) -> None:
+        if stream.request.kv is not None:
+            self._parked[stream.key] = stream
+            self._fetching[stream.key] = self._loop.create_task(self._fetch(stream))
+        else:
+            self._order(stream)
+
+    async def _fetch(self, stream: ServerStream) -> None:
+        """Have the instance that computed the prompt offer it; then it waits for its turn as any other."""
+        assert self._handoffs is not None
+        try:
+            fetched = self._fetched[stream.key] = await self._handoffs.fetch(stream.request)
+        except (Refusal, ProtocolError) as error:
+            del self._fetching[stream.key]
+            self._finish(stream, "refused", f"its KV did not come: {error}")
+            self._flush()
+        else:
+            del self._fetching[stream.key]
+            stream.body["kv_transfer_params"] = fetched.parameters
+            self._order(stream)
+
+    def _order(self, stream: ServerStream) -> None:
+        """Send a request, or have it wait for its turn where the order is ours."""
         request = stream.request
         if self._line is None:
             if self._inside is not None:
@@ -318,15 +418,65 @@ class VllmEngine(OpenAIEngine):
                     request.expected_output_tokens,
                 )
                 stream.body["vllm_xargs"] = promise.to_xargs()
+                if request.sent_tokens:
+                    stream.body["vllm_xargs"][SENT] = request.sent_tokens
             self._send(stream)
             return
         now = self._clock()
         seq = self._waits[stream.key] = sequence_of(request, now, stream)
-        self._line.add(seq, now)
+        self._line.add(seq, now, seq.num_prompt_tokens - 1 if request.kv is not None else 0)
         self._look_soon()
+
+    async def _converse(self, stream: ServerStream, path: str, body: bytes) -> None:
+        if stream.request.kv is not None:
+            stream.alone = False  # its prompt was computed elsewhere: its time says nothing
+        if stream.request.hands_over and self._handoffs is not None:
+            if not await self._stays(stream, path, self._handoffs):
+                return
+            stream.alone = False
+        await super()._converse(stream, path, body)
+
+    async def _stays(self, stream: ServerStream, path: str, handoffs: NixlHandoffs) -> bool:
+        """Have the prompt computed, and hand the request over. Whether it is to go on here."""
+        body = {name: value for name, value in stream.body.items() if name != "stream_options"}
+        body |= {"stream": False, "max_tokens": 1, "kv_transfer_params": DECODES_ELSEWHERE}
+        async with self._post(path, msgspec.json.encode(body)) as answer:
+            if not await self._is_answered(stream, answer, "application/json"):
+                return False
+            found = _PROMPT.decode(await answer.read())
+        choice = found.choices[0] if found.choices else None
+        if choice is None or not choice.token_ids or found.usage is None:
+            self._finish(stream, "error", "the server answers without a token")
+            return False
+        now = self._heard_at = self._clock()
+        self._count_prompt(stream, found.usage)
+        self._prompt_ended(stream, now)
+        if self._line is not None:
+            self._line.took(self._waits[stream.key], 1, now)
+            self._look_soon()
+        if choice.finish_reason != "length":
+            # Its first token ended it. That is counted, and is not part of the answer.
+            stream.num_output_tokens, stream.finish_reason = 1, choice.finish_reason
+            self._complete(stream)
+            return False
+        self._parked[stream.key] = stream
+        state = await handoffs.offer(stream.request, choice.token_ids[0], bytes(found.kv_transfer_params))
+        self._parked.pop(stream.key, None)
+        match state:
+            case SourceState.HANDED:
+                self._finish(stream, "handed")
+            case SourceState.MOVED:
+                self._finish(stream, "moved", "whether its target has it is not known")
+            case _:
+                return True
+        return False
 
     def _observe(self, stream: ServerStream, num_tokens: int) -> None:
         first = stream.first_at is None
+        fetched = self._fetched.pop(stream.key, None)
+        if fetched is not None:
+            fetched.accept()
+            del self._parked[stream.key]
         super()._observe(stream, num_tokens)
         if self._line is not None:
             self._line.took(self._waits[stream.key], stream.num_output_tokens, self._clock())
@@ -334,6 +484,14 @@ class VllmEngine(OpenAIEngine):
                 self._look_soon()
 
     def _finish(self, stream: ServerStream, reason: str, message: str = "") -> None:
+        self._parked.pop(stream.key, None)
+        fetching = self._fetching.pop(stream.key, None)
+        if fetching is not None:
+            fetching.cancel()
+        fetched = self._fetched.pop(stream.key, None)
+        if fetched is not None:  # nothing came: it goes on where its prompt was computed
+            fetched.refuse(message or reason)
+            reason = reason if reason == "cancelled" else "refused"
         super()._finish(stream, reason, message)
         seq = self._waits.pop(stream.key, None)
         if seq is not None and self._line is not None:

@@ -11,6 +11,10 @@ and how many tokens the step may have; what comes out of a step goes into the la
 Made on the asynchronous scheduler, with which a step is planned while the one before runs: a prompt whose last chunk is
 under way is in neither queue until its token is there. Nothing is made per request and step.
 
+A request whose KV comes from another server is planned as a prompt of one token. While its KV is on its way vLLM keeps
+it apart, out of our hands: here it is one that has begun and has that token missing. What did not come is a prompt
+again.
+
 The base class is no stable interface, so the releases of vLLM that this was tested with are listed here, and others
 are refused at import.
 """
@@ -44,7 +48,7 @@ from ...policy import step
 from ...policy.step import StepLimits
 from ...sequences import Queues, Sequence
 from ..openai import FALLBACK_LATENCY, FALLBACK_SPREAD
-from .terms import KEY, PROBE, REPORT_EVERY_S, REPORTS_VARIABLE, Capabilities, Promise, StepReport
+from .terms import KEY, PROBE, REPORT_EVERY_S, REPORTS_VARIABLE, Capabilities, Promise, StepReport, sent_tokens
 
 TESTED = ("0.32",)
 if not any(f"{vllm.__version__}.".startswith(f"{release}.") for release in TESTED):
@@ -163,7 +167,10 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is not there w
             expected_output_tokens=promise.expected_output_tokens,
             payload=request,
         )
-        _, cached, _, _ = self._get_local_prefix_cache_hit(request)
+        if (request.kv_transfer_params or {}).get("do_remote_prefill"):
+            cached = request.num_prompt_tokens - 1
+        else:
+            _, cached, _, _ = self._get_local_prefix_cache_hit(request)
         self._seqs[seq.id] = seq
         self._queues.add(seq, sent_at, cached)
 
@@ -243,7 +250,7 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is not there w
         plan = step.plan(now, queues.waiting, queues.running, self._fit.coefficients, limits)
         for seq in plan.late:
             queues.waiting.give_up(seq)
-        if not plan.prefills and len(running) == len(self._partial):
+        if not plan.prefills and len(running) == sum(_runs(seq) for seq in self._partial.values()):
             return list(queues.waiting)  # nothing would run: vLLM knows better
         allowed = self._allowed
         for id in self._partial:
@@ -257,6 +264,28 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is not there w
         # A prompt whose last token is missing gets it in any case.
         left_out = (seq for seq in self._partial.values() if not allowed[seq.id])
         return [*(seq for seq, _ in plan.prefills), *left_out]
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        """vLLM asks this of each request that waits for something else than its turn."""
+        compiles = request.status == RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+        goes: bool = super()._handle_blocked_waiting_request(request)
+        if goes and compiles:
+            self._go_on_in_grammar(request)
+        seq = self._partial.get(request.request_id)
+        if goes and seq is not None and request.num_computed_tokens < seq.computed:
+            # Not all of its KV came, which the plan did not know.
+            self._queues.prefilled(seq, request.num_computed_tokens)
+            self._allowed.pop(seq.id, None)
+        return goes
+
+    def _go_on_in_grammar(self, request: Request) -> None:
+        """The grammar of an answer that goes on here begins behind what was sent of it."""
+        tokens = sent_tokens(request.sampling_params.extra_args)
+        if not tokens:
+            return
+        grammar: Any = request.structured_output_request.grammar
+        if not grammar.accept_tokens(request.request_id, request.prompt_token_ids[-tokens:]):
+            _log.warning("request %s: what was sent of the answer is not of its grammar", request.request_id)
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """vLLM asks this of each request before it takes its blocks: where the plan's number of tokens gets in."""
@@ -276,9 +305,12 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is not there w
         finals = []
         for seq in chosen:
             tokens = scheduled.get(seq.id)
-            if tokens is None:
-                continue
             request: Any = seq.payload
+            if tokens is None:
+                if not seq.started and request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
+                    queues.begin(seq)
+                    self._partial[seq.id] = seq
+                continue
             end = request.num_computed_tokens
             chunks += 1
             prefill_tokens += tokens
@@ -298,7 +330,7 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is not there w
 
     def _choose_victim(self, now: float) -> None:
         """vLLM preempts the last of those that run when there is no block for one of them."""
-        holders = [*self._queues.running, *self._partial.values()]
+        holders = [*self._queues.running, *filter(_runs, self._partial.values())]
         if len(holders) > 1:
             request = step.victim(now, holders).payload
             self.running.remove(request)
@@ -356,6 +388,12 @@ class _Step(NamedTuple):
     kv_tokens: int
     finals: list[Sequence]
     uneven: bool
+
+
+def _runs(seq: Sequence) -> bool:
+    """False for one whose KV is on its way."""
+    request: Any = seq.payload
+    return bool(request.status == RequestStatus.RUNNING)
 
 
 def _at(now: float, seconds: float | None) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -22,21 +23,30 @@ from ...errors import HyperFlexisError
 GUARDED = 'exec 3<&0; { read -r _ <&3; kill -KILL 0; } & exec "$@" 3<&- </dev/null'
 """The guard beside the command, which keeps the pid of the group."""
 SCHEDULER = "hyperflexis.engines.vllm.SloScheduler"
+RESUMED = "hyperflexis.engines.vllm.worker.Resumed"
 STOP_LIMIT_S = 5.0
 """How long a server may take to end after SIGTERM."""
+GIVES_KV = {
+    "kv_connector": "NixlConnector",
+    "kv_role": "kv_both",
+    # Where KV does not come the prompt is computed once more, so that the stream goes on.
+    "kv_load_failure_policy": "recompute",
+}
+"""For ``--kv-transfer-config``. The buffer is where the platform computes: on a CPU, there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """How to start a server of ``directory``, which it serves as ``name``. ``python``: the interpreter that has vLLM.
-    ``scheduler``: ours inside it. ``standby``: it can sleep. ``arguments`` follow ours and win over them; ``env`` goes
-    on top of this process's environment."""
+    ``scheduler``: ours inside it. ``standby``: it can sleep. ``gives_kv``: to others of its kind, and takes theirs.
+    ``arguments`` follow ours and win over them; ``env`` goes on top of this process's environment."""
 
     name: str
     directory: Path
     python: str = sys.executable
     scheduler: bool = False
     standby: bool = False
+    gives_kv: bool = False
     max_batch: int | None = None
     max_batch_tokens: int | None = None
     arguments: tuple[str, ...] = ()
@@ -50,7 +60,9 @@ class Recipe:
         # Without the first, prefix hits are not told; the second keeps our order where the scheduler is vLLM's own.
         words += ["--enable-prompt-tokens-details", "--scheduling-policy", "priority"]
         if self.scheduler:
-            words[-1:] = ["fcfs", "--scheduler-cls", SCHEDULER]
+            words[-1:] = ["fcfs", "--scheduler-cls", SCHEDULER, "--worker-extension-cls", RESUMED]
+        if self.gives_kv:
+            words += ["--kv-transfer-config", json.dumps(GIVES_KV)]
         if self.max_batch is not None:
             words += ["--max-num-seqs", str(self.max_batch)]
         if self.max_batch_tokens is not None:
@@ -68,8 +80,9 @@ class Recipe:
 class VllmServer:
     """A server that was started; its output goes where this process's goes."""
 
-    def __init__(self, process: asyncio.subprocess.Process, url: str) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, url: str, side: SideChannel) -> None:
         self._process = process
+        self._side = side
         self.url = url
 
     @property
@@ -93,6 +106,7 @@ class VllmServer:
             pass
         finally:
             self._kill()
+            self._side.close()
         await self._process.wait()
 
     def _kill(self) -> None:
@@ -100,18 +114,39 @@ class VllmServer:
             os.killpg(self._process.pid, signal.SIGKILL)
 
 
+class SideChannel:
+    """A port at which a server tells others how to reach its KV. The server listens there half a minute after it was
+    started, so the port is kept from others until then: by a socket that is bound and does not listen."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ZeroMQ sets it too
+        self._socket.bind(("127.0.0.1", 0))
+
+    def env(self) -> dict[str, str]:
+        """What tells the server."""
+        host, port = self._socket.getsockname()
+        return {"VLLM_NIXL_SIDE_CHANNEL_HOST": host, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port)}
+
+    def close(self) -> None:
+        """Let others have it."""
+        self._socket.close()
+
+
 async def start_server(recipe: Recipe) -> VllmServer:
     """Start a server at a free port; it does not answer yet. Raises HyperFlexisError when there is no interpreter."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    side = SideChannel()
     try:
         process = await asyncio.create_subprocess_exec(
             *("/bin/sh", "-c", GUARDED, "sh", *recipe.command(port)),
             stdin=asyncio.subprocess.PIPE,
-            env=recipe.environment,
+            env={**recipe.environment, **side.env(), **recipe.env},
             start_new_session=True,
         )
     except OSError as error:
+        side.close()
         raise HyperFlexisError(f"vLLM cannot be started: {error}") from error
-    return VllmServer(process, f"http://127.0.0.1:{port}")
+    return VllmServer(process, f"http://127.0.0.1:{port}", side)

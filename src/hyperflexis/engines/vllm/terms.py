@@ -1,6 +1,7 @@
 """What the adapter and the scheduler inside vLLM say to each other. Both import this, and it imports neither.
 
-request -> server    ``vllm_xargs``, flat numbers: the fields of Promise under the names in PREFIX
+request -> server    ``vllm_xargs``, flat numbers: the fields of Promise under the names in PREFIX, and SENT: so many
+                     of the prompt's last tokens are of the answer, which goes on
 server -> adapter    the answer to a request with PROBE has ``kv_transfer_params.hyperflexis``: a Capabilities
 server -> adapter    where REPORTS_VARIABLE names a Unix datagram socket: a StepReport, at most each REPORT_EVERY_S
 """
@@ -17,6 +18,7 @@ from ...errors import ProtocolError
 
 PREFIX = "hfx_"
 PROBE = "hfx_probe"
+SENT = "hfx_sent"
 KEY = "hyperflexis"
 REPORTS_VARIABLE = "HYPERFLEXIS_VLLM_REPORTS"
 REPORT_EVERY_S = 0.05
@@ -56,6 +58,12 @@ class Promise:
         if not promise.value > 0.0:
             raise ProtocolError(f"{PREFIX}value: {promise.value} is not positive")
         return promise
+
+
+def sent_tokens(xargs: Mapping[str, object] | None) -> int:
+    """What SENT says; 0 where it says nothing that makes sense."""
+    found = (xargs or {}).get(SENT, 0)
+    return found if isinstance(found, int) and found > 0 else 0
 
 
 class Capabilities(msgspec.Struct, frozen=True):

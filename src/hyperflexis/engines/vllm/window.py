@@ -37,9 +37,10 @@ class Window:
         self._sent_at: dict[str, float] = {}
         self._first_at = 0.0
 
-    def add(self, seq: Sequence, now: float) -> None:
-        """A new request waits here."""
-        self._queues.add(seq, now)
+    def add(self, seq: Sequence, now: float, computed: int = 0) -> None:
+        """A new request waits here; of its prompt the server will have the KV of ``computed`` tokens."""
+        seq.cached_tokens = computed
+        self._queues.add(seq, now, computed)
 
     def took(self, seq: Sequence, output_tokens: int, now: float) -> None:
         """A request that was sent has so many output tokens by now."""
@@ -97,8 +98,9 @@ class Window:
         at = self._first_at
         for id, sent_at in self._sent_at.items():
             seq = self._queues.waiting.started[id]
-            whole_s = latency.c0 + latency.prefill_s(seq.num_prompt_tokens)
+            work = seq.num_prompt_tokens - seq.cached_tokens
+            whole_s = latency.c0 + latency.prefill_s(work)
             begins = max(at, sent_at)
             at = begins + whole_s
             share = min(max((now - begins) / whole_s, 0.0), MOST_DONE)
-            self._queues.prefilled(seq, int(share * seq.num_prompt_tokens))
+            self._queues.prefilled(seq, seq.cached_tokens + int(share * work))

@@ -1,0 +1,103 @@
+"""The simulator beside two real vLLM servers: the same requests, the same policy, the times of both.
+
+    make bench-vllm                                       # all benchmarks on vLLM
+    .venv-vllm/bin/python benchmarks/vllm_fidelity.py     # this one; `make test-vllm` makes .venv-vllm
+
+As benchmarks/fidelity.py, which says what is compared, with two stock vLLM servers of one thread each behind
+`hyperflexis serve`. Simulated are two devices: that of the profile which `hyperflexis calibrate --engine vllm` makes of
+these servers, of both at once as they will run, and *fitted*, what the adapters' online fits say after warm-ups.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.vllm.servers import ENV, EXACT, Server
+
+from common import RESULTS, command, environment, write_results
+from fidelity import INSTANCES, Case, compare, mean_of, show
+from hyperflexis.core.profile import Profile
+from hyperflexis.engines.profiles import load_profile
+from hyperflexis.engines.vllm.server import Recipe
+from hyperflexis.launch.local import own_command
+from hyperflexis.make_model import Recipe as ModelRecipe
+from hyperflexis.make_model import make_model
+
+SIZE = "20m"
+MAX_BATCH, MAX_BATCH_TOKENS, CONTEXT = 32, 512, 1024
+TARGET = 0.15
+WARM_UP_S = 12.0
+
+
+class Servers:
+    """The servers of one run, and what a fleet file says of them."""
+
+    def __init__(self, folder: Path, python: str) -> None:
+        self._folder = folder
+        self._model = folder / SIZE
+        make_model(self._model, ModelRecipe(SIZE, context=CONTEXT))
+        recipe = Recipe(
+            "m",
+            self._model,
+            python=python,
+            max_batch=MAX_BATCH,
+            max_batch_tokens=MAX_BATCH_TOKENS,
+            arguments=(*EXACT, "--max-model-len", str(CONTEXT)),
+            env=ENV,
+        )
+        self._servers = [Server(recipe, folder / f"vllm-{n}.log") for n in range(INSTANCES)]
+        self._urls = [server.wait_ready().url for server in self._servers]
+
+    def entry(self, _: Path) -> dict[str, object]:
+        args = {"max_batch": MAX_BATCH, "max_batch_tokens": MAX_BATCH_TOKENS}
+        return {"name": "m", "engine": "vllm", "path": str(self._model), "endpoints": self._urls, "args": args}
+
+    def profile(self, _: Path) -> Profile:
+        """Of both at once: they share memory and cache."""
+        files = [self._folder / f"vllm-{n}.json" for n in range(INSTANCES)]
+        processes = []
+        for url, file in zip(self._urls, files, strict=True):
+            words = own_command("calibrate", "--engine", "vllm", "--url", url, "--model", str(self._model))
+            words = [*words, "--device-kind", "cpu", "--rounds", "2", "--out", str(file)]
+            words += ["--max-batch", str(MAX_BATCH), "--max-batch-tokens", str(MAX_BATCH_TOKENS)]
+            processes.append(subprocess.Popen(words))
+        for process in processes:
+            if process.wait() != 0:
+                raise SystemExit("calibrate failed")
+        profiles = [load_profile(str(file)) for file in files]
+        return replace(profiles[0], coefficients=mean_of([profile.coefficients for profile in profiles]))
+
+    def stop(self) -> None:
+        for server in self._servers:
+            server.stop()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=300)
+    parser.add_argument("--load", type=float, default=0.7, help="arrival rate over capacity (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--python", default=sys.executable, help="that has vLLM, if this one has not")
+    parser.add_argument("--out", type=Path, default=RESULTS / "vllm_fidelity.json")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="vllm-fidelity-") as temporary:
+        servers = Servers(Path(temporary), args.python)
+        try:
+            case = Case("fidelity-torch.yaml", servers.profile, servers.entry, TARGET, WARM_UP_S)
+            found = compare(case, Path(temporary), args)
+        finally:
+            servers.stop()
+    show("vllm", found)
+    write_results(args.out, {**environment(args.seed), "command": command(), **found})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
