@@ -13,6 +13,8 @@ from math import inf
 
 BURST_S = 0.02
 """Seconds of the rate that may leave at once: a few turns of the scheduler, and well below a decode's pace."""
+MAX_REST_S = 0.25
+"""After a piece. What would rest for longer was held up by the link, not by a core, and who waits would give up."""
 SMALL = 512 << 10
 """Bytes that leave at once beside requests: a fraction of a millisecond."""
 
@@ -51,11 +53,12 @@ class TokenBucket:
         return int(min(self._rate * BURST_S, most if self._share == 1.0 else min(most, SMALL)))
 
     def worked(self, seconds: float) -> None:
-        """Sending something took so long: nobody sends before that is the share of the time."""
+        """Sending something took so long: nobody sends before that is the share of the time, or MAX_REST_S is over."""
         if self._share < 1.0:
             with self._changed:
                 now = time.monotonic()
-                self._rests_until = max(self._rests_until, now) + seconds * (1.0 / self._share - 1.0)
+                rest_s = min(seconds * (1.0 / self._share - 1.0), MAX_REST_S)
+                self._rests_until = min(max(self._rests_until, now) + rest_s, now + MAX_REST_S)
 
     def take(self, size: int) -> None:
         """Wait until ``size`` bytes may leave. Who takes more than there is leaves a debt, for which the next waits."""

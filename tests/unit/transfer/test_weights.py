@@ -377,7 +377,7 @@ def test_while_a_share_of_the_time_is_left_sending_rests() -> None:
         waiting = empty()
         thread = threading.Thread(target=fetched, args=(waiting, at))
         thread.start()
-        while waiting.bytes_missing() == sum(SIZES):
+        while thread.is_alive() and waiting.bytes_missing() == sum(SIZES):
             time.sleep(0.001)
         bucket.set_share(1.0)
         thread.join(10.0)
