@@ -17,7 +17,7 @@ from hyperflexis.engines.emulated import EmulatedConfig, EmulatedEngine
 from hyperflexis.policy.catalog import STEPS
 from hyperflexis.wire import Generate, Sampling, TokenLogprob, pack_ids
 
-LIMIT_S = 30.0
+LIMIT_S = 90.0
 CONTEXT = 512
 FINISHES = ("stop", "length", "cancelled", "refused", "moved", "handed", "invalid", "error")
 

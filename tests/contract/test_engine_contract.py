@@ -120,9 +120,12 @@ async def test_cancel_ends_a_stream_once_and_frees_its_kv(driver: Driver) -> Non
     keys = [driver.send([60 + i] * 30, 400) for i in range(3)]
     for key in keys:
         await driver.streams[key].started()
-    assert driver.engine.report().kv_used_tokens > 0
-    for key in keys:
+    # A busy machine may deliver all of a stream at once.
+    open_ = [key for key in keys if driver.streams[key].end is None]
+    assert driver.engine.report().kv_used_tokens > 0 or not open_
+    for key in open_:
         driver.engine.cancel(key)
+    for key in open_:
         assert (await driver.streams[key].ended()).finish == "cancelled"
         driver.engine.cancel(key)  # a second time: nothing, and the driver would notice an emission
     # A stream that comes later is served, so the engine has freed what they held by then.

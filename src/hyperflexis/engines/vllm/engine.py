@@ -53,7 +53,7 @@ MAX_BATCH, MAX_BATCH_TOKENS = 256, 2048
 """vLLM's own, where a server tells no others."""
 WARM_UP_TOKENS, WARM_UP_OUTPUT, WARM_UP_BATCH = 512, 16, 16
 """Of the requests with which a server is warmed up. Some of the ids in them are in any vocabulary."""
-WARM_UP_ROUNDS = 3
+WARM_UP_ROUNDS = 2
 """What is quickest in any of them counts: the rest of the fleet starts at the same time."""
 CHECK = {"prompt": [1 + 7 * place % 97 for place in range(16)], "temperature": 0, "logprobs": 5}
 """What a standby is asked before it sleeps and after it woke."""
