@@ -14,7 +14,7 @@ ARGS ?=
 TRACES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test gpu test-vllm check bench bench-vllm experiments docs clean
+.PHONY: help setup demo test gpu test-vllm test-nixl check bench bench-vllm experiments docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ $(VLLM_STAMP): pyproject.toml constraints.txt
 
 test-vllm: $(VLLM_STAMP)  ## tests on real vLLM servers, on the CPU, in an environment of their own (3.5 GB, minutes)
 	timeout --foreground $(VLLM_LIMIT) $(VLLM_BIN)/python -m pytest -q -rs tests/vllm $(ARGS)
+
+test-nixl: $(VLLM_STAMP)  ## tests of vLLM servers that hand KV over by NIXL; better on four idle cores
+	HYPERFLEXIS_TEST_NIXL=1 timeout --foreground $(VLLM_LIMIT) $(VLLM_BIN)/python -m pytest -q -rs tests/vllm/test_disaggregated.py $(ARGS)
 
 gpu:  ## what needs an NVIDIA GPU: tests, a profile, weight transfer, docs/gpu.md; says so where there is none
 	@# Whatever Python is here: on a machine with a GPU PyTorch is there, and perhaps nothing can be installed.

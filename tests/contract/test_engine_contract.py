@@ -167,11 +167,12 @@ async def test_stop_ends_open_streams_with_an_error(driver: Driver) -> None:
     streams = [driver.streams[driver.send([65, i], 450)] for i in range(66, 70)]
     for stream in streams:
         await stream.started()
+    over = [stream.end is not None for stream in streams]  # on a busy machine some may be
     await driver.stop()
-    for stream in streams:
+    for stream, was_over in zip(streams, over, strict=True):
         assert stream.end is not None
-        assert stream.end.finish == "error"
-        assert stream.end.message
+        assert stream.end.finish == ("length" if was_over else "error")
+        assert stream.end.message or was_over
 
 
 @pytest.mark.parametrize("seed", [None, 12345])
