@@ -45,38 +45,35 @@ def fastest(work: Callable[[], float], rounds: int) -> float:
     return min(work() for _ in range(rounds))
 
 
-def copy_on_device_s(size: int, rounds: int) -> float:
-    """From memory to memory of one device: what its copy engine gives."""
+def copy_s(target: Any, source: Any, rounds: int) -> float:
+    """The fastest of some copies between tensors, after one that does not count."""
     import torch
-
-    one, other = (torch.zeros(size, dtype=torch.uint8, device="cuda") for _ in range(2))
 
     def work() -> float:
         torch.cuda.synchronize()
         began = time.perf_counter()
-        one.copy_(other)
+        target.copy_(source)
         torch.cuda.synchronize()
         return time.perf_counter() - began
 
     work()
     return fastest(work, rounds)
+
+
+def copy_on_device_s(size: int, rounds: int) -> float:
+    """From memory to memory of one device: what its copy engine gives."""
+    import torch
+
+    target, source = (torch.zeros(size, dtype=torch.uint8, device="cuda") for _ in range(2))
+    return copy_s(target, source, rounds)
 
 
 def to_device_s(size: int, rounds: int) -> float:
     """From page-locked memory of the host."""
     import torch
 
-    host, device = torch.zeros(size, dtype=torch.uint8, pin_memory=True), torch.zeros(size, dtype=torch.uint8).cuda()
-
-    def work() -> float:
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        device.copy_(host)
-        torch.cuda.synchronize()
-        return time.perf_counter() - began
-
-    work()
-    return fastest(work, rounds)
+    source = torch.zeros(size, dtype=torch.uint8, pin_memory=True)
+    return copy_s(torch.zeros(size, dtype=torch.uint8).cuda(), source, rounds)
 
 
 def give(listen: str, size: int, ready: Any, over: Any) -> None:

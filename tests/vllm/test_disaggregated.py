@@ -15,6 +15,7 @@ from pathlib import Path
 import openai
 import pytest
 from tests.contract.support import LIMIT_S, Driver, driven
+from tests.vllm.clients import Clients
 from tests.vllm.servers import Server, metric, recipe, serving
 
 from hyperflexis.core.links import KvSource
@@ -221,37 +222,16 @@ async def test_a_fleet_hands_over_and_outlives_a_server(pair: dict[str, Server],
     }
     with serving(entry, tmp_path) as url:
         client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
-        begun = [asyncio.Event() for _ in range(STREAMS)]
-
-        async def stream(number: int) -> tuple[str, str | None]:
-            text, finish = "", None
-            answer = await client.completions.create(
-                model="m",
-                prompt=prompt_of(200 + number, 100),
-                max_tokens=100,
-                temperature=0,
-                stream=True,
-                extra_body={"ignore_eos": True},
-                timeout=300,
-            )
-            async for event in answer:
-                for choice in event.choices:
-                    text += choice.text
-                    finish = choice.finish_reason or finish
-                begun[number].set()
-            return text, finish
-
+        clients = Clients(client, [prompt_of(200 + number, 100) for number in range(STREAMS)], 100)
         pulled = sum(external(server) for server in pair.values())
         undisturbed: list[tuple[str, str | None]] = []
         async with asyncio.timeout(180):
             # A server that a busy machine holds up gets nothing new for some seconds, and hands nothing over.
             while sum(external(server) for server in pair.values()) - pulled < 100:
-                undisturbed = await asyncio.gather(*(stream(number) for number in range(STREAMS)))
+                undisturbed = await clients.answers()
         assert metric(url, "hyperflexis_handoffs_total") > 0
-        for event in begun:
-            event.clear()
-        streams = [asyncio.create_task(stream(number)) for number in range(STREAMS)]
-        await asyncio.gather(*(begun[number].wait() for number in range(STREAMS // 2)))
+        streams = clients.start()
+        await clients.have_begun(STREAMS // 2)
         pair[TARGET].stop()
         assert await asyncio.gather(*streams) == undisturbed
         assert [finish for _, finish in undisturbed] == ["length"] * STREAMS

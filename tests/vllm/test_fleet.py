@@ -12,6 +12,7 @@ from pathlib import Path
 
 import openai
 import pytest
+from tests.vllm.clients import Clients
 from tests.vllm.servers import ENV, SMALL, metric, serving
 
 STREAMS = 24
@@ -98,31 +99,10 @@ def test_the_official_client_chats_and_completes(fleet: Fleet) -> None:
 
 async def test_no_stream_fails_and_none_differs_when_a_server_is_killed(fleet: Fleet) -> None:
     client = openai.AsyncOpenAI(base_url=f"{fleet.url}/v1", api_key="any", max_retries=0)
-    begun = [asyncio.Event() for _ in range(STREAMS)]
-
-    async def stream(number: int) -> tuple[str, str | None]:
-        text, finish = "", None
-        answer = await client.completions.create(
-            model="m",
-            prompt=[40 + number, *range(100, 140)],
-            max_tokens=TOKENS,
-            temperature=0,
-            stream=True,
-            extra_body={"ignore_eos": True},
-            timeout=300,
-        )
-        async for event in answer:
-            for choice in event.choices:
-                text += choice.text
-                finish = choice.finish_reason or finish
-            begun[number].set()
-        return text, finish
-
-    undisturbed = await asyncio.gather(*(stream(number) for number in range(STREAMS)))
-    for event in begun:
-        event.clear()
-    streams = [asyncio.create_task(stream(number)) for number in range(STREAMS)]
-    await asyncio.gather(*(begun[number].wait() for number in range(STREAMS // 4)))
+    clients = Clients(client, [[40 + number, *range(100, 140)] for number in range(STREAMS)], TOKENS)
+    undisturbed = await clients.answers()
+    streams = clients.start()
+    await clients.have_begun(STREAMS // 4)
     os.killpg(fleet.servers()[0], signal.SIGKILL)
     disturbed = await asyncio.gather(*streams)
     assert [finish for _, finish in disturbed] == ["length"] * STREAMS

@@ -108,8 +108,7 @@ class Fetcher:
     def _try(self, source: WeightSource) -> Attempt:
         began, before = time.monotonic(), self._shard.bytes_missing()
         problem = ""
-        shares = self._config.share and tcp.is_local(source.address)
-        self._path = "shared memory" if shares else "tcp"
+        self._path = "shared memory" if _shares(source, self._config) else "tcp"
         try:
             self._from(source)
         except BlockingIOError:
@@ -241,6 +240,10 @@ def look(source: WeightSource, config: FetchConfig) -> tuple[Manifest, Mapped | 
         channel.release()
 
 
+def _shares(source: WeightSource, config: FetchConfig) -> bool:
+    return config.share and tcp.is_local(source.address)
+
+
 def _ask_in(channel: SocketChannel, source: WeightSource, config: FetchConfig, rank: int, ranks: int) -> None:
     channel.limit_receive(config.silence_s)
     hello = auth.Hello(VERSION, auth.nonce(), source.instance, source.epoch, rank, ranks)
@@ -269,7 +272,7 @@ def _map(
     opened: Callable[[int | None, bytes], M | None],
 ) -> M | None:
     """The source's memory, as ``opened`` makes it; None when it is elsewhere, not shared or cannot be mapped here."""
-    if not (config.share and tcp.is_local(source.address)):
+    if not _shares(source, config):
         return None
     channel.send(encode(Map()))
     answer = _hear(channel, _MAPPED, config)

@@ -57,7 +57,7 @@ class TokenBucket:
         if self._share < 1.0:
             with self._changed:
                 now = time.monotonic()
-                rest_s = min(seconds * (1.0 / self._share - 1.0), MAX_REST_S)
+                rest_s = seconds * (1.0 / self._share - 1.0)
                 self._rests_until = min(max(self._rests_until, now) + rest_s, now + MAX_REST_S)
 
     def take(self, size: int) -> None:
