@@ -43,7 +43,7 @@ class Fleet:
         return sorted(found)
 
     def kill_one_that_answers(self) -> None:
-        """Kill a server in the middle of answers, as it says itself: a slow client hears of them when they have ended."""
+        """Kill a server in the middle of answers, as it says itself: slow clients hear of them later."""
         before = {pid: metric(_url(pid), "vllm:generation_tokens_total") for pid in self.servers()}
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
