@@ -5,7 +5,8 @@
     surge     by how much the largest 5 s mean until a start is over exceeds the level: the root of the mean square of
               the last half hour. Where starts are quick or arrivals even, it is small; where bursts come faster than
               instances, it is what has to be there before
-    noise     standard deviation of the level, if requests came independently of each other
+    noise     standard deviation of the level, if requests came independently of each other; where in the last half
+              hour the demand varied as if they did, at least the usual one: a lull says nothing then
     error     mean relative error of the level as a forecast over the time of a start
 
 Starts of at most QUICK_S can answer to a burst while it lasts. Then the last second alone counts too, and the level is
@@ -29,6 +30,11 @@ LEAST_LEVEL = 0.25
 ERROR_S = 300.0
 """Errors fade within about this time."""
 QUICK_S = 10.0
+INDEPENDENT = 2.0
+"""So many times the variance of independent arrivals: half an hour of Poisson arrivals comes to 1.4 at most, recorded
+code completion to 9 at least."""
+LEARN_S = 300.0
+"""Before, the variance is not known."""
 BINS = 16
 """Of the distribution of means, for each doubling: 4% apart."""
 FAST, SLOW = int(FAST_S), int(SLOW_S)
@@ -37,7 +43,8 @@ FAST, SLOW = int(FAST_S), int(SLOW_S)
 @dataclass(frozen=True, slots=True)
 class History:
     """What is remembered, one entry a second: ``samples`` of the last SLOW seconds; 5 s ``means`` and ``levels`` of as
-    many as a start takes; the mean ``square`` of ``count`` surges."""
+    many as a start takes; the mean ``square`` of ``count`` surges; of the means the ``usual`` one, their ``variance``,
+    what it would be were requests ``independent``, and the ``shares`` of time at each."""
 
     samples: tuple[Sample, ...] = ()
     means: tuple[float, ...] = ()
@@ -48,6 +55,8 @@ class History:
     seen: int = 0
     usual: float = 0.0
     shares: tuple[float, ...] = ()
+    variance: float = 0.0
+    independent: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,18 +96,24 @@ def forecast(history: History, sample: Sample, horizon_s: float) -> tuple[Foreca
         error += (abs(mean - before) / max(mean, LEAST_LEVEL) - error) / min(count, ERROR_S)
     levels = (*history.levels[-horizon:], both)[-horizon:]
     noise = _noise(samples[-FAST:])
+    seen = history.seen + 1
+    weight = 1.0 / min(seen, WINDOW_S)
+    usual = history.usual + (mean - history.usual) * weight
+    variance = history.variance + ((mean - usual) ** 2 - history.variance) * weight
+    independent = history.independent + (noise * noise - history.independent) * weight
     if quick:
         earlier = samples[-2 * FAST : -FAST] or samples[-FAST:]
         rise = mean - _mean(earlier, _total) - hypot(noise, _noise(earlier))
         both += max(rise, 0.0) / FAST * horizon_s
+    if seen > LEARN_S and variance < INDEPENDENT * independent:
+        noise = max(noise, sqrt(independent))
+    if quick:
         noise *= max(horizon_s / FAST, 1.0)  # so much the slope adds to it
     prefill = level(lambda one: one.prefill, lambda one: one.prefill_square)
     decode = level(lambda one: one.decode, lambda one: 0.0)
-    seen = history.seen + 1
-    usual = history.usual + (mean - history.usual) / min(seen, WINDOW_S)
-    shares = _with(history.shares, _bin(mean), 1.0 / min(seen, WINDOW_S))
+    shares = _with(history.shares, _bin(mean), weight)
     found = Forecast(both, prefill, decode, noise, sqrt(square), usual, shares, error, horizon_s)
-    return found, History(samples, means, levels, square, count, error, seen, usual, shares)
+    return found, History(samples, means, levels, square, count, error, seen, usual, shares, variance, independent)
 
 
 def enough(shares: Sequence[float], lost: float) -> float:

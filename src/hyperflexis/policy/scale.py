@@ -52,7 +52,7 @@ LEAST_HOLD_S, MOST_HOLD_S, HOLD_STARTS = 5.0, 300.0, 2.5
 QUIET_S = 300.0
 QUIET_NOISE = 6.0
 """A fall within so many standard deviations of independent arrivals says nothing: with 2 the plan turns 30 times an
-hour under Poisson load, with 6 at most 10 in most runs."""
+hour under Poisson load, with 6 at most 10."""
 IDLE_S = 300.0
 """Without any request for so long, nothing is needed: surges are not counted with any more."""
 
