@@ -20,7 +20,7 @@ from hyperflexis.errors import ConfigError, HyperFlexisError
 from hyperflexis.telemetry import plot
 from hyperflexis.telemetry.machine import num_cores
 
-from . import goodput, latency, optimum, overload, parts, picture, prefixes, robustness, split, tune
+from . import goodput, latency, optimum, overload, parts, picture, prefixes, robustness, split, targets, tune
 from .cache import Cache, Digests
 from .measure import ROOT, Rows, Task
 from .pages import Places, write_page, write_results
@@ -159,7 +159,8 @@ def run(args: argparse.Namespace) -> None:
             picture.draw(goodput.panels(plan, found), places.docs / goodput.PICTURE)
         if name == "e8":
             picture.draw(split.panels(plan, found), places.docs / split.PICTURE, lowest=40.0)
-    write_page(ROOT / "docs" / "experiments.md", places, sections, fresh=not tracked)
+    reached = targets.markdown(places.results, {name: plan.title(name) for name in plan.scenarios})
+    write_page(ROOT / "docs" / "experiments.md", places, sections, {"targets": reached}, fresh=not tracked)
     print(f"written: {places.docs / 'experiments.md'}, {places.results}")
 
 

@@ -15,7 +15,7 @@ from .measure import Row, Task
 from .plan import Plan
 from .tables import replaced
 
-SECTIONS = ("setting", "tuning", "e1", "e2", "e3", "e4", "e5", "e6", "e7", "e8")
+SECTIONS = ("targets", "setting", "tuning", "e1", "e2", "e3", "e4", "e5", "e6", "e7", "e8")
 UNMEASURED = "*Not measured in this run.*"
 DIGITS = 6
 """Significant digits of raw results."""
@@ -80,11 +80,13 @@ def _rounded(value: Any) -> Any:
             return value
 
 
-def write_page(template: Path, places: Places, sections: Mapping[str, str], fresh: bool) -> None:
-    """The page with these sections. The others keep what the template says, unless the page is ``fresh``: then it holds
-    what this run gave and nothing else."""
+def write_page(
+    template: Path, places: Places, sections: Mapping[str, str], derived: Mapping[str, str], fresh: bool
+) -> None:
+    """The page with these sections, and those ``derived`` from results that may be of several commits. The others keep
+    what the template says, unless the page is ``fresh``: then it holds what this run gave and nothing else."""
     kept = dict.fromkeys(SECTIONS, UNMEASURED) if fresh else {}
     commit = environment(0)["commit"]
     signed = {name: f"{content}\n\n*Measured at commit `{commit}`.*" for name, content in sections.items()}
     places.docs.mkdir(parents=True, exist_ok=True)
-    (places.docs / template.name).write_text(replaced(template.read_text(), kept | signed))
+    (places.docs / template.name).write_text(replaced(template.read_text(), kept | signed | dict(derived)))
