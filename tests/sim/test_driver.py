@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from math import sqrt
 from random import Random
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from tests.sim.support import device
 
 from hyperflexis.controller import Controller
-from hyperflexis.core.effects import Dispatch, Effect, Reject, Suspect
+from hyperflexis.core.effects import Dispatch, Drain, Effect, Reject, Suspect
 from hyperflexis.core.events import Event, InstanceJoined, InstanceLeft, RequestFinished
 from hyperflexis.core.latency import Coefficients
 from hyperflexis.core.links import Link, Split
@@ -22,8 +23,9 @@ from hyperflexis.core.profile import Profile
 from hyperflexis.core.slo import Slo
 from hyperflexis.policy.catalog import find_policy
 from hyperflexis.sim.config import SimConfig, SimResult
-from hyperflexis.sim.driver import simulate
+from hyperflexis.sim.driver import Simulation, simulate
 from hyperflexis.sim.faults import Fault
+from hyperflexis.sim.instance import Instance
 from hyperflexis.sim.workload import Arrival
 
 DEVICE = Coefficients(0.005, 5e-5, 1e-9, 1e-4, 1e-8)
@@ -60,7 +62,9 @@ class Watch:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.instances: Sequence[Instance] = ()
         self.up: set[tuple[str, int]] = set()
+        self.draining: set[str] = set()
         self.ended: set[str] = set()
 
     def __call__(self, now: float, event: Event, effects: object) -> None:
@@ -70,6 +74,7 @@ class Watch:
                 self.up.add((event.info.id, event.info.epoch))
             case InstanceLeft():
                 self.up.remove((event.id, event.epoch))
+                self.draining.discard(event.id)
             case RequestFinished():
                 assert event.id not in self.ended, "a request ended twice"
                 self.ended.add(event.id)
@@ -80,16 +85,36 @@ class Watch:
             match effect:
                 case Dispatch():
                     assert (effect.instance, effect.epoch) in self.up, "placed on an instance that is not there"
+                    assert effect.instance not in self.draining, "placed on an instance that drains"
                     assert effect.request_id not in self.ended
+                case Drain():
+                    (self.draining.add if effect.on else self.draining.discard)(effect.instance)
                 case Reject():
                     assert effect.request_id not in self.ended
                     self.ended.add(effect.request_id)
         self.lines.append(f"{now!r} {event!r} {effects!r}")
+        for instance in self.instances:
+            check_kv(instance)
+
+
+def check_kv(instance: Instance) -> None:
+    """Each block that is held belongs to somebody, each token that was computed has its place, and none is computed
+    that is not there."""
+    batcher = instance.batcher
+    sequences = batcher.sequences()
+    assert batcher.kv.held == len({block for seq in sequences for block in seq.blocks}), "blocks are lost, or lent twice"
+    for seq in sequences:
+        if not seq.started:
+            continue  # what the cache has of it is its own only then
+        assert seq.computed <= len(seq.blocks) * batcher.config.block_size, "tokens without a place"
+        assert seq.computed <= seq.num_prompt_tokens + seq.output_tokens, "tokens that nobody has sent or sampled"
 
 
 def run(config: SimConfig, arrivals: list[Arrival], duration_s: float) -> tuple[SimResult, Watch]:
     watch = Watch()
-    result = simulate(config, arrivals, duration_s, watch)
+    simulation = Simulation(config, arrivals, duration_s, watch)
+    watch.instances = simulation.instances
+    result = simulation.run()
     assert len(result.run.records) == len(arrivals)
     for record, arrival in zip(result.run.records, arrivals, strict=True):
         if record.outcome == "finished":

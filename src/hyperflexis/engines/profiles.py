@@ -13,6 +13,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 # In an installed package the files lie inside it; in a source tree they lie at its top.
 _FOLDERS = (_PACKAGE / "profiles", _PACKAGE.parents[1] / "profiles")
 _WIDTH = 120
+_REMEDY = "give a file that hyperflexis calibrate wrote, or the name of a profile that ships"
 
 
 def shipped_profiles() -> dict[str, Path]:
@@ -36,9 +37,9 @@ def load_profile(name_or_path: str) -> Profile:
     try:
         data = json.loads(path.read_bytes())
     except OSError as error:
-        raise ConfigError(f"profile {path} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"profile {path} cannot be read: {error.strerror}; {_REMEDY}") from error
     except ValueError as error:
-        raise ConfigError(f"profile {path} is not JSON: {error}") from error
+        raise ConfigError(f"profile {path} is not JSON: {error}; {_REMEDY}") from error
     return profile_from_dict(data, str(path))
 
 

@@ -85,10 +85,12 @@ def simulate(
     config: SimConfig, arrivals: Sequence[Arrival], duration_s: float, observe: Observer | None = None
 ) -> SimResult:
     """Serve ``arrivals``, which must be in time order, until all have ended or GIVE_UP times ``duration_s`` is over."""
-    return _Simulation(config, arrivals, duration_s, observe).run()
+    return Simulation(config, arrivals, duration_s, observe).run()
 
 
-class _Simulation:  # implements the Fleet of handoffs.py and launches.py
+class Simulation:  # implements the Fleet of handoffs.py and launches.py
+    """One run. ``instances`` are its engine processes, also those that are gone."""
+
     def __init__(
         self, config: SimConfig, arrivals: Sequence[Arrival], duration_s: float, observe: Observer | None
     ) -> None:
@@ -126,7 +128,7 @@ class _Simulation:  # implements the Fleet of handoffs.py and launches.py
         self._noise: list[Random] = []
         # Factors that were drawn for iterations that a leap then did not take: the next ones get them.
         self._drawn: list[list[float]] = []
-        self._instances: list[Instance] = []
+        self.instances: list[Instance] = []
         self._by_id: dict[str, Instance] = {}
         for number in range(config.instances):
             self.add(str(number), models[number % len(models)])
@@ -134,7 +136,7 @@ class _Simulation:  # implements the Fleet of handoffs.py and launches.py
 
     def run(self) -> SimResult:
         """All events in order."""
-        for instance in self._instances:
+        for instance in self.instances:
             self.tell(InstanceJoined(instance.info), 0.0)
         if self._config.scale is not None:
             self.tell(LauncherJoined(), 0.0)
@@ -176,7 +178,7 @@ class _Simulation:  # implements the Fleet of handoffs.py and launches.py
             case InstanceReported() | InstanceLinked():
                 self.tell(what, now)
             case Tick():
-                for instance in self._instances:
+                for instance in self.instances:
                     if instance.batch is None:
                         self._report(instance, now)  # nothing to do, and alive
                 self.tell(what, now)
@@ -420,11 +422,11 @@ class _Simulation:  # implements the Fleet of handoffs.py and launches.py
 
     def add(self, id: str, model: str) -> Instance:
         """Another instance, ready to serve."""
-        number = len(self._instances)
+        number = len(self.instances)
         self._noise.append(Random(f"{self._config.seed}:noise:{number}"))
         self._drawn.append([])
         instance = self._by_id[id] = self._engine(number, id, model, 1)
-        self._instances.append(instance)
+        self.instances.append(instance)
         return instance
 
     def _engine(self, number: int, id: str, model: str, epoch: int) -> Instance:
@@ -497,7 +499,7 @@ class _Simulation:  # implements the Fleet of handoffs.py and launches.py
             self.tell(report, now)
 
     def _sample(self, now: float) -> None:
-        for instance in self._instances:
+        for instance in self.instances:
             if instance.stopped:
                 continue
             self.settle(instance, now)
@@ -517,7 +519,7 @@ class _Simulation:  # implements the Fleet of handoffs.py and launches.py
     # Faults
 
     def _fault(self, fault: Fault, now: float) -> None:
-        instance = self._instances[fault.instance]
+        instance = self.instances[fault.instance]
         if instance.stopped:
             return
         self.settle(instance, now, cut=True)
@@ -576,7 +578,7 @@ class _Simulation:  # implements the Fleet of handoffs.py and launches.py
                 self._end(client, "failed", now, detail="too many instances failed it")
 
     def _fault_over(self, fault: Fault, epoch: int, now: float) -> None:
-        instance = self._instances[fault.instance]
+        instance = self.instances[fault.instance]
         if fault.kind == "slow":
             self.settle(instance, now, cut=True)
             instance.slow = 1.0
@@ -585,7 +587,7 @@ class _Simulation:  # implements the Fleet of handoffs.py and launches.py
         elif fault.kind == "kill" and instance.info.epoch == epoch and self._config.scale is None:
             info = instance.info
             fresh = self._by_id[info.id] = self._engine(fault.instance, info.id, info.model, epoch + 1)
-            self._instances[fault.instance] = fresh
+            self.instances[fault.instance] = fresh
             self.tell(InstanceJoined(fresh.info), now)
 
     # The end
@@ -593,7 +595,7 @@ class _Simulation:  # implements the Fleet of handoffs.py and launches.py
     def _result(self) -> SimResult:
         for client in list(self._clients.values()):
             self._end(client, "unfinished", self._ended_at)
-        for instance in self._instances:
+        for instance in self.instances:
             if instance.up:
                 self._add_totals(instance)
         counters, handoffs = self._counters, self._handoffs
