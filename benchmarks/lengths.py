@@ -76,12 +76,21 @@ class Row:
 
 
 def read(file: Path, rows: int) -> list[Row]:
-    """The first ``rows`` requests that have an output. A ServeGen client is a tenant."""
+    """The first ``rows`` requests that have an output. A ServeGen client is a tenant; a session is the request's id."""
     with file.open() as lines:
         found = (r for r in csv.DictReader(lines) if int(r["output_tokens"]) > 0)
         return [
             Row(
-                Request("r", "m", r.get("client_id") or "t", "c", Slo(), 1.0, int(r["prompt_tokens"]), NO_LIMIT),
+                Request(
+                    r.get("session") or "r",
+                    "m",
+                    r.get("client_id") or "t",
+                    "c",
+                    Slo(),
+                    1.0,
+                    int(r["prompt_tokens"]),
+                    NO_LIMIT,
+                ),
                 int(r["output_tokens"]),
             )
             for r in islice(found, rows)
@@ -140,6 +149,7 @@ def measure(rows: list[Row]) -> dict[str, object]:
         "class": score(rows, LengthModel(), lambda r: replace(r, num_prompt_tokens=1, tenant="t")),
         "prompt": score(rows, LengthModel(), lambda r: replace(r, tenant="t")),
         "tenant": score(rows, LengthModel(), lambda r: replace(r, num_prompt_tokens=1)),
+        "session": score(rows, LengthModel(), lambda r: replace(r, num_prompt_tokens=1, tenant=r.id)),
         "all": score(rows, LengthModel(), lambda r: r),
         "all_with_200_equal_tenants": score(mixed, LengthModel(), lambda r: r),
         "remaining": remaining(rows, SEED),

@@ -102,7 +102,9 @@ def check_kv(instance: Instance) -> None:
     that is not there."""
     batcher = instance.batcher
     sequences = batcher.sequences()
-    assert batcher.kv.held == len({block for seq in sequences for block in seq.blocks}), "blocks are lost, or lent twice"
+    assert batcher.kv.held == len({block for seq in sequences for block in seq.blocks}), (
+        "blocks are lost, or lent twice"
+    )
     for seq in sequences:
         if not seq.started:
             continue  # what the cache has of it is its own only then
