@@ -62,8 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--start",
         default="60",
-        metavar="disk|d2d|SECONDS",
-        help="how instances start in a fleet that follows the demand (default: in 60 s)",
+        metavar="disk|d2d|FILE|SECONDS",
+        help="how instances start in a fleet that follows the demand; FILE: as transfer bench --json measured it "
+        "(default: in 60 s)",
     )
     add("--max", type=int, default=64, metavar="N", help="most instances to try (default: 64)")
     add("--seeds", default="1,2,3", metavar="1,2", help="each fleet is tried with each (default: %(default)s)")

@@ -108,9 +108,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     scale.add_argument(
         "--start",
         default="disk",
-        metavar="disk|d2d|standby|SECONDS",
+        metavar="disk|d2d|standby|FILE|SECONDS",
         help="how instances start: as the profile says, from disk, with weights from another instance, or also from "
-        "shells; or in so many seconds (default: %(default)s)",
+        "shells; as transfer bench --json FILE measured all three; or in so many seconds (default: %(default)s)",
     )
     scale.add_argument("--min", type=int, metavar="N", help="fewest instances of a model (default: 1)")
     scale.add_argument("--max", type=int, metavar="N", help="most instances of a model (default: 64)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import isfinite
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .core.launch import Means
+from .core.launch import Phase as StartPhase
 from .core.profile import Profile
 from .errors import ConfigError, HyperFlexisError
 from .sim.launches import Starts, starts_in, starts_of
@@ -54,7 +56,10 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 
 def parse_start(text: str, profile: Profile) -> Starts:
-    """``disk``, ``d2d`` or ``standby`` as ``profile`` says that they take, or seconds. Raises ConfigError."""
+    """``disk``, ``d2d`` or ``standby`` as ``profile`` says that they take, the file of all three that a transfer bench
+    wrote, or seconds. Raises ConfigError."""
+    if text.endswith(".json"):
+        return _measured(Path(text))
     if text in ("disk", "d2d", "standby"):
         if profile.start is None:
             raise ConfigError(
@@ -64,7 +69,27 @@ def parse_start(text: str, profile: Profile) -> Starts:
     try:
         return starts_in(number("--start", float(text), above=0.0))
     except ValueError:
-        raise ConfigError(f"--start {text!r} is neither disk, d2d, standby nor a number of seconds") from None
+        raise ConfigError(
+            f"--start {text!r} is neither disk, d2d, standby, a JSON file of transfer bench nor a number of seconds"
+        ) from None
+
+
+def _measured(path: Path) -> Starts:
+    """What starts took: a process from disk, and shells that got their weights over TCP."""
+    try:
+        found = json.loads(path.read_bytes())
+        disk_s = float(found["paths"]["disk"]["seconds"])
+        process_s = float(found["starts"]["disk"]["ready_s"]) - disk_s
+        woken_s = float(found["starts"]["standby + tcp"]["ready_s"])
+    except OSError as error:
+        raise ConfigError(f"--start {path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"--start {path} is not what hyperflexis transfer bench --json writes (without --weights-only): {error!r}"
+        ) from error
+    started: tuple[StartPhase, float] = ("process", process_s)
+    woken: tuple[StartPhase, float] = ("weights", woken_s)
+    return {"disk": (started, ("weights", disk_s)), "d2d": (started, woken), "standby": (woken,)}
 
 
 def at_least(option: str, value: int, least: int) -> int:

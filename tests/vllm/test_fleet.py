@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shlex
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +17,7 @@ from pathlib import Path
 import openai
 import pytest
 from tests.vllm.clients import Clients
-from tests.vllm.servers import ENV, SMALL, metric, serving
+from tests.vllm.servers import ENV, SMALL, START_LIMIT_S, metric, serving
 
 STREAMS = 24
 TOKENS = 300
@@ -25,6 +28,7 @@ class Fleet:
     """A running ``serve`` with two instances."""
 
     url: str
+    file: Path
     model: Path
     others: frozenset[int]
 
@@ -42,8 +46,8 @@ class Fleet:
                 continue
         return sorted(found)
 
-    def kill_one_that_answers(self) -> None:
-        """Kill a server in the middle of answers, as it says itself: slow clients hear of them later."""
+    def one_that_answers(self) -> int:
+        """A server in the middle of answers, as it says itself: slow clients hear of them later."""
         before = {pid: metric(_url(pid), "vllm:generation_tokens_total") for pid in self.servers()}
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
@@ -51,9 +55,42 @@ class Fleet:
                 url = _url(pid)
                 running = metric(url, "vllm:num_requests_running")
                 if running >= 4 and metric(url, "vllm:generation_tokens_total") >= tokens + 10 * running:
-                    os.killpg(pid, signal.SIGKILL)
-                    return
+                    return pid
         raise AssertionError("no server answered")
+
+    def kill_one_that_answers(self) -> None:
+        """And its streams with it."""
+        os.killpg(self.one_that_answers(), signal.SIGKILL)
+
+    def drain_one_that_answers(self) -> int:
+        """The status of draining it, whose streams are to go on elsewhere at once. It stands still meanwhile: the
+        command takes longer to start than such a small model to answer."""
+        pid = self.one_that_answers()
+        os.killpg(pid, signal.SIGSTOP)
+        try:
+            return self.run("drain", _instance(pid), "--limit", "0")
+        finally:
+            os.killpg(pid, signal.SIGCONT)
+
+    def run(self, *words: str) -> int:
+        """A command of this fleet."""
+        command = [sys.executable, "-m", "hyperflexis", *words, "--fleet", str(self.file)]
+        return subprocess.run(command, timeout=120, check=False).returncode
+
+    def wait_whole(self) -> None:
+        """Until both instances are ready."""
+        deadline = time.monotonic() + START_LIMIT_S
+        while metric(self.url, "hyperflexis_instances_ready") < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+
+
+def _instance(pid: int) -> str:
+    """Whose server it is: its parent's ``--id``."""
+    parent = re.search(r"^PPid:\s+(\d+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert parent is not None
+    words = Path(f"/proc/{parent[1]}/cmdline").read_text().split("\0")
+    return words[words.index("--id") + 1]
 
 
 def _url(pid: int) -> str:
@@ -71,9 +108,10 @@ def fleet(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fle
         "env": ENV,
         "instances": {"min": 2},
     }
-    others = frozenset(Fleet("", model, frozenset()).servers())
-    with serving(entry, tmp_path_factory.mktemp("fleet")) as url:
-        one = Fleet(url, model, others)
+    others = frozenset(Fleet("", Path(), model, frozenset()).servers())
+    folder = tmp_path_factory.mktemp("fleet")
+    with serving(entry, folder) as url:
+        one = Fleet(url, folder / "fleet.yaml", model, others)
         assert len(one.servers()) == 2
         yield one
         pids = one.servers()
@@ -116,15 +154,21 @@ def test_the_official_client_chats_and_completes(fleet: Fleet) -> None:
         client.completions.create(model="m", prompt=[5] * 600, max_tokens=6)
 
 
-async def test_no_stream_fails_and_none_differs_when_a_server_is_killed(fleet: Fleet) -> None:
+async def test_no_stream_fails_and_none_differs_when_a_server_is_killed_or_drained(fleet: Fleet) -> None:
     client = openai.AsyncOpenAI(base_url=f"{fleet.url}/v1", api_key="any", max_retries=0)
     clients = Clients(client, [[40 + number, *range(100, 140)] for number in range(STREAMS)], TOKENS)
     undisturbed = await clients.answers()
     kill = asyncio.create_task(asyncio.to_thread(fleet.kill_one_that_answers))
-    streams = clients.start()
+    assert await clients.answers() == undisturbed
     await kill
-    disturbed = await asyncio.gather(*streams)
-    assert [finish for _, finish in disturbed] == ["length"] * STREAMS
-    assert disturbed == undisturbed
-    assert metric(fleet.url, "hyperflexis_redispatched_total") > 0
+    assert [finish for _, finish in undisturbed] == ["length"] * STREAMS
+    went_on = metric(fleet.url, "hyperflexis_redispatched_total")
+    assert went_on > 0
+
+    await asyncio.to_thread(fleet.wait_whole)  # the one that was killed is started again
+    drain = asyncio.create_task(asyncio.to_thread(fleet.drain_one_that_answers))
+    assert await clients.answers() == undisturbed
+    assert await drain == 0
+    assert metric(fleet.url, "hyperflexis_redispatched_total") > went_on
+    assert metric(fleet.url, "hyperflexis_requests_running") == 0
     await client.close()
