@@ -21,7 +21,8 @@
     LaunchProgressed, LaunchFailed, ScaleAsked       the next Tick takes them into account
     LauncherJoined    -> StopInstance                what runs; before that nothing is launched or ended
     InstanceStandby   -> LoadWeights, SetSendRate    a shell that is to serve, and where it gets its weights
-    WeightsLoaded     -> StopInstance                it got none from anywhere
+    WeightsLoaded     -> StopInstance                it got none from anywhere; where it had no memory for its KV, it
+                                                     waits
 
 The same code runs live, in the simulator and in replay. Time is an argument: seconds of one monotonic clock.
 """
@@ -204,7 +205,7 @@ class Controller:
                 return self._loading.standby(event, now)
             case WeightsLoaded():
                 if self._scaling is not None and event.problem:
-                    return self._scaling.no_weights(self.cluster, event.instance, event.problem, now)
+                    return self._scaling.no_weights(self.cluster, event, now)
             case LaunchProgressed():
                 if self._scaling is not None:
                     self._scaling.progressed(self.cluster, event)

@@ -88,7 +88,9 @@ def check_memory(fleet: Fleet, available: int | None, running: Mapping[str, int]
         per_instance = f"{_gib(weights)} weights + {_gib(kv)} KV cache"
         if args.device == "cpu":
             num_new = model.instances.most + model.instances.standby - running.get(name, 0)
-            host_bytes += num_new * (weights + kv + PROCESS_BYTES)
+            # A shell that is woken becomes one of the others, and takes its KV cache then.
+            waits = 0 if args.reserve_kv else min(model.instances.standby, num_new)
+            host_bytes += num_new * (weights + kv + PROCESS_BYTES) - waits * kv
             parts.append(f"{num_new} x {name} ({per_instance} + {_gib(PROCESS_BYTES)} process)")
         else:
             sizes = [device.memory_gb * 1e9 for device in fleet.devices or () if device.memory_gb is not None]

@@ -110,6 +110,14 @@ REFUSED = {
         MODEL.replace("}", ", mode: observe, instances: {standby: 1}}"),
         ["fleet.yaml:1: models.tiny: mode observe changes nothing", "remove instances.max and standby"],
     ),
+    "no KV for shells that there are not": (
+        "model: {name: a, engine: torch, path: m, instances: {max: 2}, args: {reserve_kv: false}}",
+        ["fleet.yaml:1: models.a", "args.reserve_kv is for shells that wait: set instances.standby"],
+    ),
+    "no KV for shells of others": (
+        MODEL.replace("}", ", instances: {standby: 1}, args: {reserve_kv: false}}"),
+        ["fleet.yaml:1: models.tiny.args.reserve_kv", "unknown key"],
+    ),
     "unknown scaler": (MODEL + "scaler: magic\n", ["fleet.yaml:2: scaler", "no scaler is named 'magic'", "forecast"]),
     "numbers of a scaler": (
         MODEL + "scaler: fixed\n",

@@ -10,7 +10,7 @@ from hyperflexis.core.effects import Effect, Launch, StopInstance
 from hyperflexis.core.events import InstanceJoined, LauncherJoined, ScaleAsked
 from hyperflexis.core.instance import InstanceInfo, InstanceState
 from hyperflexis.core.links import BYTES_PER_S
-from hyperflexis.core.weights import InstanceStandby, LoadWeights, SetSendRate, WeightsLoaded
+from hyperflexis.core.weights import Attempt, InstanceStandby, LoadWeights, SetSendRate, WeightsLoaded
 from hyperflexis.policy.multicast import SHARE
 
 
@@ -83,12 +83,28 @@ def test_a_shell_waits_until_it_is_woken():
 def test_one_that_gets_no_weights_anywhere_is_stopped_and_replaced():
     c, (launch,) = serving("a", wanted=2)
     standby(c, launch.instance)
-    effects = c.handle(WeightsLoaded(launch.instance, 1, (), (), "the disk is empty"), 3.0)
+    disk = Attempt("disk", "m", 0, 0.1, "the disk is empty")
+    effects = c.handle(WeightsLoaded(launch.instance, 1, (disk,), (), disk.problem), 3.0)
     assert [(one.instance, one.reason) for one in of(StopInstance, effects)] == [
         (launch.instance, "it has no weights: the disk is empty")
     ]
     (again,) = of(Launch, tick(c, 3.1))
     assert again.instance != launch.instance
+
+
+def test_one_without_memory_for_its_kv_cache_waits_and_is_woken_again():
+    c, (launch,) = serving("a", wanted=1, standby=1)
+    standby(c, launch.instance)
+    c.handle(ScaleAsked("m", 2), 2.5)
+    assert of(LoadWeights, tick(c, 3.0))
+    times = []
+    for now in map(float, range(4, 13)):
+        if c.cluster.launches[launch.instance].state is InstanceState.LOADING:
+            assert c.handle(WeightsLoaded(launch.instance, 1, (), (), "the KV cache needs 9 GB"), now - 0.5) == []
+        effects = tick(c, now)
+        assert not of(StopInstance, effects) and all(one.shell for one in of(Launch, effects) if one.means == "disk")
+        times += [now for load in of(LoadWeights, effects) if load.instance == launch.instance]
+    assert times == [4.0, 7.0, 12.0], "later and later, and no other is launched in its place"
 
 
 def test_a_shell_that_is_there_before_its_launcher_is_remembered():

@@ -82,6 +82,9 @@ class TorchArgs(Section):
     """Most tokens computed in one iteration."""
     block_size: Annotated[int, Field(ge=1, le=1024)] = 16
     """Tokens of one KV block."""
+    reserve_kv: bool = True
+    """Whether a shell in standby has the memory of its KV cache already. `false`: it takes it when it is woken, which
+    makes that longer, and fails where there is none by then; for `instances.standby`."""
 
 
 class EmulatedArgs(Section):
@@ -227,6 +230,8 @@ class Model(Section):
             raise ValueError(
                 f"instances.max and standby are for engines torch and emulated, not {self.engine}: remove them"
             )
+        if self.args.get("reserve_kv") is False and not self.instances.standby:
+            raise ValueError("args.reserve_kv is for shells that wait: set instances.standby, or remove it")
         if self.engine == "vllm" and self.path is None:
             raise ValueError("engine vllm needs path, a model directory; with endpoints its tokenizer.json is enough")
         if self.engine == "vllm" and self.endpoints is not None:

@@ -1,5 +1,6 @@
 """The weights of a torch instance: from others or from disk into its shell, checked, and from there to others.
 
+    kv_pool     where the KV cache was not reserved, its memory, touched
     transfer    over the network or shared memory, into where the weights are to be
     check       a few logits against the source's: weights that are whole and in the wrong place are found
     disk        where no source gave them
@@ -77,6 +78,20 @@ class ShellWeights:
     def load(self, order: LoadWeights) -> Loaded:
         """See Engine.load. Takes as long as it takes."""
         self._phases = []
+        cache = self._shell.runner.model.cache
+        if cache.layers:
+            return self._load(order)
+        try:
+            with self._phase("kv_pool"):
+                cache.take(cache.num_blocks)
+        except HyperFlexisError as error:
+            return Loaded(phases=tuple(self._phases), problem=str(error))
+        loaded = self._load(order)
+        if loaded.problem:
+            cache.release()
+        return loaded
+
+    def _load(self, order: LoadWeights) -> Loaded:
         self._shell.unpack()
         attempts = self._from_others(order)
         shard = self._shell.shard
