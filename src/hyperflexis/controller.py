@@ -142,7 +142,8 @@ class Controller:
         self._shadow_memory = PlaceMemory()
         self._disaggregation = Disaggregation(self.cluster, config.split, self._policy, self._name)
         self._scaling = None if config.scale is None else Scaling(config.scale, config.split)
-        self._loading = Loading(self.cluster)
+        models = () if config.scale is None else config.scale.models
+        self._loading = Loading(self.cluster, {one.model: one.copy for one in models if one.copy is not None})
 
     @property
     def scaling(self) -> ScalingMemory:

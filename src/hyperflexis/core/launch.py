@@ -3,7 +3,8 @@
     means     what happens                                                           ready after
     standby   a shell that waits is given the weights                                weights from another instance
     d2d       a new process gets the weights from an instance that is ready          process, engine, weights, warm-up
-    disk      a new process reads the weights                                        the same, with slower weights
+    disk      a new process has the weights from no instance: from the copy that     the same, with slower weights
+              the host's memory keeps, where it does (loading.py), else from disk
 
 A *shell* is an instance without weights: its process runs, its engine is initialised and warm. It stays STANDBY until
 it is woken.

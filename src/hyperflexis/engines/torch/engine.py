@@ -259,7 +259,7 @@ class TorchEngine:
         prior = probe(shell.runner, wanted)
         if not reserve:
             cache.release()
-        digest = self._weights.publish() if fleet.listen is not None and not self._standby else ""
+        digest = shell.publish() if fleet.listen is not None and not self._standby else ""
         phase_over("warm_up", self._clock() - read)
         return prior, digest
 

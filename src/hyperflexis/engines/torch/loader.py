@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...core.weights import TensorSpec, WeightLayout
+from ...core.weights import Manifest, TensorSpec, WeightLayout
 from ...errors import HyperFlexisError
 from ...transfer.arena import Arena
 from ...transfer.weights import Shard
@@ -84,6 +84,12 @@ class Shell:
     def read(self) -> None:
         """The weights from disk. Raises HyperFlexisError when the files will not do."""
         weights.read(self.directory, self.runner.model.config, self._kept)
+
+    def publish(self) -> str:
+        """The weights are there, from disk, and others may have them. Returns their digest."""
+        manifest = Manifest(self.shard.layout, self.shard.digests(), self.fingerprint())
+        self.shard.publish(manifest)
+        return manifest.digest
 
     def pack(self) -> None:
         """Make the copies that make batches fast, one matrix after the other; from another thread they come into use

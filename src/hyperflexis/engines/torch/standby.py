@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from ...core.weights import Attempt, LoadWeights, Manifest, Phase
+from ...core.weights import Attempt, LoadWeights, Phase
 from ...errors import HyperFlexisError
 from ...transfer.fetch import FetchConfig, Fetcher
 from ...transfer.pace import TokenBucket
@@ -68,12 +68,6 @@ class ShellWeights:
     def address(self) -> str:
         """Where others get the weights; empty: nowhere."""
         return self._server.address if self._server is not None else ""
-
-    def publish(self) -> str:
-        """The weights are there, from disk, and others may have them. Returns their digest."""
-        manifest = Manifest(self._shell.shard.layout, self._shell.shard.digests(), self._shell.fingerprint())
-        self._shell.shard.publish(manifest)
-        return manifest.digest
 
     def load(self, order: LoadWeights) -> Loaded:
         """See Engine.load. Takes as long as it takes."""
@@ -150,7 +144,7 @@ class ShellWeights:
             with self._phase("disk"):
                 self._shell.read()
             with self._phase("digest"):
-                digest = self.publish()
+                digest = self._shell.publish()
             if order.digest and digest and digest != order.digest:
                 problem = f"the weights on disk have digest {digest}, and {order.digest} are wanted"
                 digest = ""
