@@ -57,7 +57,10 @@ async def copy(directory: Path, folder: Path) -> AsyncIterator[tuple[WeightSourc
             sys.exit((said + await process.stderr.read()).decode())
         status = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
         resident = {key: int(status[key].split()[0]) << 10 for key in ("VmRSS", "RssShmem", "RssAnon", "RssFile")}
-        yield copy_of(folder, "m"), {"says": said.decode().strip().partition("m-copy: ")[2], "resident_bytes": resident}
+        yield (
+            copy_of(folder, "m"),
+            {"says": said.decode().strip().partition("m-copy: ")[2].partition(", at ")[0], "resident_bytes": resident},
+        )
     finally:
         process.kill()
         await process.wait()
