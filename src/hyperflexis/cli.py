@@ -195,6 +195,20 @@ def _gateway(args: argparse.Namespace) -> int:
     return 0
 
 
+def _copy_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("state_dir", type=Path)
+    parser.add_argument("model")
+
+
+def _copy(args: argparse.Namespace) -> int:
+    from .host_copy import keep
+    from .instance import fleet_token
+    from .serve import copy_config, load_resolved
+
+    _log_to_stderr()
+    keep(copy_config(load_resolved(args.state_dir), args.state_dir, args.model), fleet_token())
+
+
 def _make_model_arguments(parser: argparse.ArgumentParser) -> None:
     from . import make_model
 
@@ -318,6 +332,7 @@ COMMANDS: dict[str, Command] = {
     "config-docs": Command("", _no_arguments, _config_docs),
     "_controller": Command("", _controller_arguments, _controller),
     "_gateway": Command("", _gateway_arguments, _gateway),
+    "_copy": Command("", _copy_arguments, _copy),
 }
 
 

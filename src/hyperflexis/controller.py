@@ -21,7 +21,8 @@
     LaunchProgressed, LaunchFailed, ScaleAsked       the next Tick takes them into account
     LauncherJoined    -> StopInstance                what runs; before that nothing is launched or ended
     InstanceStandby   -> LoadWeights, SetSendRate    a shell that is to serve, and where it gets its weights
-    WeightsLoaded     -> StopInstance                it got none from anywhere
+    WeightsLoaded     -> StopInstance                it got none from anywhere; where it had no memory for its KV, it
+                                                     waits
 
 The same code runs live, in the simulator and in replay. Time is an argument: seconds of one monotonic clock.
 """
@@ -141,7 +142,8 @@ class Controller:
         self._shadow_memory = PlaceMemory()
         self._disaggregation = Disaggregation(self.cluster, config.split, self._policy, self._name)
         self._scaling = None if config.scale is None else Scaling(config.scale, config.split)
-        self._loading = Loading(self.cluster)
+        models = () if config.scale is None else config.scale.models
+        self._loading = Loading(self.cluster, {one.model: one.copy for one in models if one.copy is not None})
 
     @property
     def scaling(self) -> ScalingMemory:
@@ -204,7 +206,7 @@ class Controller:
                 return self._loading.standby(event, now)
             case WeightsLoaded():
                 if self._scaling is not None and event.problem:
-                    return self._scaling.no_weights(self.cluster, event.instance, event.problem, now)
+                    return self._scaling.no_weights(self.cluster, event, now)
             case LaunchProgressed():
                 if self._scaling is not None:
                     self._scaling.progressed(self.cluster, event)

@@ -134,7 +134,7 @@ class Story:
                     problem = f": {attempt.problem}" if attempt.problem else ""
                     yield f"weights from {attempt.source} by {attempt.path}: {came}{problem}"
                 if event.problem:
-                    yield f"has no weights: {event.problem}"
+                    yield f"could not load, and is a shell: {event.problem}"
             case on.LauncherJoined() if self.id in [order.instance for order in event.launches]:
                 yield "runs, as the launcher says"
             case on.LaunchProgressed() if event.instance == self.id:

@@ -1,7 +1,8 @@
 """The controller's part that says where new instances get their weights.
 
     a shell is there, and is to serve    policy/multicast.py: from which instance that serves, or from one that gets
-                                         them itself, and how fast that source may send; else from disk
+                                         them itself, and how fast that source may send; else from the copy that
+                                         the host's memory keeps, if it does; else from disk
     it has none from anywhere            it is stopped, and another one launched
 
 Whoever dies on the way is the receiver's business: it goes on with the next of its sources, and with the disk after the
@@ -9,6 +10,8 @@ last. Pure, like all of the controller.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from .core.cluster import Cluster, TrackedInstance
 from .core.effects import Effect
@@ -19,10 +22,12 @@ from .policy.multicast import Node, plan
 
 
 class Loading:
-    """Of one cluster."""
+    """Of one cluster. ``copies``: where a host keeps a model's weights. Whether one is there now is found out by who
+    asks: it is started again when it has ended, and whoever gets nothing there has the next way."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, copies: Mapping[str, WeightSource]) -> None:
         self._cluster = cluster
+        self._copies = copies
 
     def standby(self, event: InstanceStandby, now: float) -> list[Effect]:
         """A shell is there. One of which no launch is known waits: the launcher may tell of it later."""
@@ -47,8 +52,9 @@ class Loading:
             return []
         launching.reach(InstanceState.LOADING)
         sources = [] if launching.means == "disk" else self._sources(info)
+        copies = tuple(copy for model, copy in self._copies.items() if model == info.model)
         if not sources:
-            return [LoadWeights(info.id, info.epoch)]
+            return [LoadWeights(info.id, info.epoch, copies)]
         digest = sources[0].info.weights_digest
         nodes = [Node(one.id, labels=one.info.labels, slack_s=_slack_s(one, now)) for one in sources]
         # Those that load already have their orders; each passes on what it has.
@@ -63,7 +69,7 @@ class Loading:
             SetSendRate(one.id, one.info.epoch, rates[one.id]) for one in sources if one.id in rates
         ]
         ways = tuple(WeightSource(one.weights_address, one.id, one.epoch) for one in senders)
-        return [*effects, LoadWeights(info.id, info.epoch, ways, digest, chains.chunk)]
+        return [*effects, LoadWeights(info.id, info.epoch, (*ways, *copies), digest, chains.chunk)]
 
     def _sources(self, receiver: InstanceInfo) -> list[TrackedInstance]:
         """Who serves and gives its weights: those with the weights that the first of them has."""

@@ -9,7 +9,7 @@ import contextlib
 import os
 import socket
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from .config import Fleet, Model, TorchArgs
@@ -73,10 +73,14 @@ def key_file_warning(file: Path) -> str | None:
     return None
 
 
-def check_memory(fleet: Fleet, available: int | None, running: Mapping[str, int] = {}) -> None:
-    """The torch models fit: those on the CPU into ``available`` bytes, those elsewhere into the given devices.
+def check_memory(
+    fleet: Fleet, available: int | None, running: Mapping[str, int] = {}, kept: Collection[str] = ()
+) -> None:
+    """The torch models fit: those on the CPU into ``available`` bytes, those elsewhere into the given devices, and what
+    the host's memory keeps of either.
 
-    ``running`` says how many instances of a model run already, and so are not among what is available.
+    ``running`` says how many instances of a model run already, and so are not among what is available; ``kept`` names
+    the models of which a copy is there already.
     """
     host_bytes = 0
     parts = []
@@ -85,10 +89,15 @@ def check_memory(fleet: Fleet, available: int | None, running: Mapping[str, int]
         if not isinstance(args, TorchArgs):
             continue
         weights, kv = _weight_bytes(model, args), _kv_bytes(model, args)
+        if model.host_copy and name not in kept:
+            host_bytes += host_copy_bytes(model)
+            parts.append(f"a copy of {name}'s weights ({_gib(host_copy_bytes(model))} with its process)")
         per_instance = f"{_gib(weights)} weights + {_gib(kv)} KV cache"
         if args.device == "cpu":
             num_new = model.instances.most + model.instances.standby - running.get(name, 0)
-            host_bytes += num_new * (weights + kv + PROCESS_BYTES)
+            # A shell that is woken becomes one of the others, and takes its KV cache then.
+            waits = 0 if args.reserve_kv else min(model.instances.standby, num_new)
+            host_bytes += num_new * (weights + kv + PROCESS_BYTES) - waits * kv
             parts.append(f"{num_new} x {name} ({per_instance} + {_gib(PROCESS_BYTES)} process)")
         else:
             sizes = [device.memory_gb * 1e9 for device in fleet.devices or () if device.memory_gb is not None]
@@ -101,7 +110,15 @@ def check_memory(fleet: Fleet, available: int | None, running: Mapping[str, int]
         raise HyperFlexisError(
             f"the fleet needs about {_gib(host_bytes)} of memory and {_gib(available)} are available: "
             f"{'; '.join(parts)}. Lower instances.min (or max) or args.kv_tokens, or use a smaller model or dtype"
+            f"{', or remove host_copy' if any(model.host_copy for model in fleet.models.values()) else ''}"
         )
+
+
+def host_copy_bytes(model: Model) -> int:
+    """What the copy of a model's weights in the host's memory takes, its process included."""
+    args = model.engine_args()
+    assert isinstance(args, TorchArgs)
+    return _weight_bytes(model, args) + PROCESS_BYTES
 
 
 def available_memory() -> int | None:

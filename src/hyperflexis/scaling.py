@@ -25,6 +25,7 @@ from .core.instance import InstanceState
 from .core.latency import Coefficients, share_left
 from .core.launch import Launching, Means, Phase
 from .core.links import Split
+from .core.weights import WeightsLoaded
 from .policy.budget import CAP_S
 from .policy.catalog import find_scaler
 from .policy.scale import (
@@ -192,13 +193,17 @@ class Scaling:
             avoid=(),
         )
 
-    def no_weights(self, cluster: Cluster, id: str, problem: str, now: float) -> list[Effect]:
-        """A launch got its weights from nowhere: the next look launches another."""
-        launching = cluster.launches.get(id)
+    def no_weights(self, cluster: Cluster, event: WeightsLoaded, now: float) -> list[Effect]:
+        """A launch got its weights from nowhere: the next look launches another. One that had no memory for its KV
+        cache did not ask for them: it stays a shell, and is woken again, later and later."""
+        launching = cluster.launches.get(event.instance)
         if launching is None:
             return []
         self._note_failure(launching.model, "", now)
-        return [self._stop_launch(cluster, launching, f"it has no weights: {problem}")]
+        if not event.attempts and launching.state is InstanceState.LOADING:
+            launching.wait_again(self.memory.retry[launching.model])
+            return []
+        return [self._stop_launch(cluster, launching, f"it has no weights: {event.problem}")]
 
     def failed(self, cluster: Cluster, event: LaunchFailed, now: float) -> None:
         """A launch failed, or a shell ended: the next look launches another."""
@@ -401,8 +406,12 @@ class Scaling:
             instance.move(InstanceState.READY)
             self.memory = replace(self.memory, drains=tuple(id for id in self.memory.drains if id != instance.id))
             effects.append(Drain(instance.id, instance.info.epoch, None, on=False))
-        shells = [one for one in self._launches(cluster, scale.model) if one.shell]
-        for shell in [one for one in shells if one.state is InstanceState.STANDBY][: count - len(effects)]:
+        shells = [
+            one for one in self._launches(cluster, scale.model) if one.shell and one.state is InstanceState.STANDBY
+        ]
+        # Where one had no memory, another would not have it either: none is launched in its place.
+        count -= sum(now < one.wakes_at for one in shells)
+        for shell in [one for one in shells if now >= one.wakes_at][: max(count - len(effects), 0)]:
             shell.shell, shell.means, shell.since = False, "standby", now
             shell.expected_s, shell.adopted = self._expected_s(scale.model, "standby"), False
             shell.prefill_share = self._role(cluster, scale.model, wish)

@@ -25,10 +25,12 @@ from .core.events import GatewayJoined
 from .core.launch import Means
 from .core.links import BYTES_PER_S, Split
 from .core.slo import Slo, SloClass
+from .core.weights import WeightSource
 from .engines.profiles import load_profile
 from .engines.torch.config import load_config
 from .errors import ConfigError, HyperFlexisError
 from .gateway.config import GatewayConfig, Limits, Tenant
+from .host_copy import CopyConfig
 from .launch.local import copying_env, instance_command, own_command, start_process
 from .launch.static import endpoint_command
 from .policy.catalog import find_policy
@@ -78,12 +80,12 @@ def server_config(fleet: Fleet, state_dir: Path, term: int) -> tuple[ServerConfi
         max_backlog_s=fleet.limits.max_backlog_s,
         # Of the largest model: in a smaller one there are fewer left to decode.
         split=Split.of(max(sizes), fleet.prefill, fleet.static_roles) if fleet.disaggregated else None,
-        scale=_scale_config(fleet),
+        scale=_scale_config(fleet, state_dir),
     )
     return server, controller
 
 
-def _scale_config(fleet: Fleet) -> ScaleConfig | None:
+def _scale_config(fleet: Fleet, state_dir: Path) -> ScaleConfig | None:
     """None where all models have a fixed number of instances."""
     scaled = {name: model for name, model in fleet.models.items() if model.instances.scaled}
     if not scaled:
@@ -102,6 +104,7 @@ def _scale_config(fleet: Fleet) -> ScaleConfig | None:
             max(one.target for one in fleet.classes),
             start_s=_start_s(model),
             latency=None if model.profile is None else load_profile(model.profile).coefficients,
+            copy=copy_of(state_dir, name) if model.host_copy else None,
         )
         for name, model in scaled.items()
     ]
@@ -201,6 +204,25 @@ def instance_id(model: str, index: int) -> str:
     return f"{model.replace('/', '-')}-{index}"
 
 
+COPY_EPOCH = 0
+"""There are no other weights at a copy's address than those of the checkpoint, however often its process began."""
+
+
+def copy_of(state_dir: Path, model: str) -> WeightSource:
+    """Where the copy of a model's weights is to be had, and its name among the fleet's processes."""
+    key = hashlib.blake2b(model.encode(), digest_size=5).hexdigest()
+    address = f"unix:{socket_dir(state_dir) / f'c-{key}.sock'}"
+    return WeightSource(address, f"{model.replace('/', '-')}-copy", COPY_EPOCH)
+
+
+def copy_config(fleet: Fleet, state_dir: Path, name: str) -> CopyConfig:
+    """What the process of a model's copy is told."""
+    model = fleet.models[name]
+    args = model.engine_args()
+    assert isinstance(args, TorchArgs) and model.path is not None
+    return CopyConfig(copy_of(state_dir, name), Path(model.path), args.dtype)
+
+
 def started_with(fleet: Fleet) -> dict[str, str]:
     """What tells children that this fleet would start from others, by its name in words."""
     keys = Path(fleet.api_keys_file).read_bytes() if fleet.api_keys_file is not None else b""
@@ -227,6 +249,8 @@ def children(fleet: Fleet, state_dir: Path) -> list[Child]:
                 gpu += gpus
             command = _instance(fleet, state_dir, name, id, f"{len(found)}", index=index)
             found.append(Child(id, "instance", command, env))
+        if model.host_copy:
+            found.append(Child(copy_of(state_dir, name).instance, "copy", _copy(state_dir, name), {}))
     for index in range(fleet.gateways):
         found.append(Child(f"gateway-{index}", "gateway", _gateway(state_dir, index), {}))
     names = [child.name for child in found]
@@ -241,12 +265,16 @@ def launched(fleet: Fleet, state_dir: Path, order: Launch) -> Child:
     digest = hashlib.blake2b(order.instance.encode(), digest_size=5).hexdigest()
     command = _instance(fleet, state_dir, order.model, order.instance, digest, starts_empty=True)
     model = fleet.models[order.model]
-    env = {**copying_env(), **model.env} if _gives_weights(model) else model.env
+    env = {**copying_env(), **model.env} if _gives_weights(model) or model.host_copy else model.env
     return Child(order.instance, "instance", command, env, order)
 
 
 def _gateway(state_dir: Path, index: int) -> Callable[[int], Sequence[str]]:
     return lambda _: own_command("_gateway", str(state_dir), str(index))
+
+
+def _copy(state_dir: Path, model: str) -> Callable[[int], Sequence[str]]:
+    return lambda _: own_command("_copy", str(state_dir), model)
 
 
 def _instance(
@@ -297,7 +325,7 @@ class Terminal:
         self._fleet = fleet
         self._state_dir = state_dir
         self._url = f"http://{_in_url(_reachable(host))}:{port}"
-        self._expected = {process.name for process in processes if process.role != "controller"}
+        self._expected = {process.name for process in processes if process.role in ("instance", "gateway")}
         self._scaled = {name: model.instances for name, model in fleet.models.items() if model.instances.scaled}
         self._gateways: set[str] = set()
         self._ready: set[str] = set()
@@ -320,6 +348,9 @@ class Terminal:
                 count = f"{model.instances.min} to {model.instances.most}"
                 count += f" (and {model.instances.standby} in standby)" if model.instances.standby else ""
             print(f"  {count} x {name} ({model.engine}: {', '.join(where)}){roles}", flush=True)
+            if model.host_copy:
+                size = preflight.host_copy_bytes(model) / (1 << 30)
+                print(f"    and a copy of its weights in this machine's memory, {size:.2f} GiB", flush=True)
         print(f"  logs, state and journal: {self._state_dir}", flush=True)
 
     def changed(self, message: wire.Fleet | GatewayJoined) -> None:
@@ -415,7 +446,8 @@ async def serve(fleet: Fleet) -> None:
             + sum(child.launch is not None and child.launch.model == name for child in adopted.values())
             for name, model in fleet.models.items()
         }
-        preflight.check_memory(fleet, preflight.available_memory(), running)
+        kept = {name for name in fleet.models if copy_of(state_dir, name).instance in adopted}
+        preflight.check_memory(fleet, preflight.available_memory(), running, kept)
         fleet_file(state_dir).write_text(fleet.model_dump_json(indent=1, exclude_unset=True))
         gateway_config(fleet, state_dir, 0)  # what is wrong with it is said here and not in a child's log
         processes = children(fleet, state_dir)

@@ -396,9 +396,9 @@ class Instance:
 
 @asynccontextmanager
 async def instance(
-    name: str, directory: Path, folder: Path, listen: str | None, standby: bool = False
+    name: str, directory: Path, folder: Path, listen: str | None, standby: bool = False, options: Sequence[str] = ()
 ) -> AsyncIterator[Instance]:
-    """Started, and perhaps not ready yet. ``listen``: where it gives its weights."""
+    """Started, and perhaps not ready yet. ``listen``: where it gives its weights. ``options`` win over those here."""
     controller = Peer()
     where = f"unix:{folder}/{name}-controller"
     server = await wire.listen(
@@ -409,7 +409,7 @@ async def instance(
     began = time.perf_counter()
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-m", "hyperflexis", "instance", *words, *(["--standby"] if standby else [])),
+        *("-m", "hyperflexis", "instance", *words, *(["--standby"] if standby else []), *options),
         env={**os.environ, **copying_env(), "HYPERFLEXIS_KV_TOKEN": TOKEN},
         stderr=asyncio.subprocess.DEVNULL,
     )

@@ -40,7 +40,9 @@ class Fleet(Serve):
 
     def instances(self) -> dict[str, int]:
         """Their pids, those that start or end too."""
-        found = {name: child["pid"] for name, child in self.state()["children"].items() if name.startswith("tiny-")}
+        found = {
+            name: child["pid"] for name, child in self.state()["children"].items() if re.fullmatch(r"tiny-\d+", name)
+        }
         self.pids |= set(found.values())
         return found
 

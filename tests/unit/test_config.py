@@ -110,6 +110,22 @@ REFUSED = {
         MODEL.replace("}", ", mode: observe, instances: {standby: 1}}"),
         ["fleet.yaml:1: models.tiny: mode observe changes nothing", "remove instances.max and standby"],
     ),
+    "a copy for instances that stay": (
+        "model: {name: a, engine: torch, path: m, instances: {min: 2}, host_copy: true}",
+        ["fleet.yaml:1: models.a", "host_copy is for engine torch, where instances come and go"],
+    ),
+    "a copy of no weights": (
+        MODEL.replace("}", ", instances: {standby: 1}, host_copy: true}"),
+        ["fleet.yaml:1: models.tiny", "host_copy is for engine torch"],
+    ),
+    "no KV for shells that there are not": (
+        "model: {name: a, engine: torch, path: m, instances: {max: 2}, args: {reserve_kv: false}}",
+        ["fleet.yaml:1: models.a", "args.reserve_kv is for shells that wait: set instances.standby"],
+    ),
+    "no KV for shells of others": (
+        MODEL.replace("}", ", instances: {standby: 1}, args: {reserve_kv: false}}"),
+        ["fleet.yaml:1: models.tiny.args.reserve_kv", "unknown key"],
+    ),
     "unknown scaler": (MODEL + "scaler: magic\n", ["fleet.yaml:2: scaler", "no scaler is named 'magic'", "forecast"]),
     "numbers of a scaler": (
         MODEL + "scaler: fixed\n",

@@ -7,10 +7,17 @@ from tests.unit.test_scaling import bound_to, fleet, of, tick
 
 from hyperflexis.controller import Controller
 from hyperflexis.core.effects import Effect, Launch, StopInstance
-from hyperflexis.core.events import InstanceJoined, LauncherJoined, ScaleAsked
+from hyperflexis.core.events import InstanceJoined, InstanceLeft, LauncherJoined, ScaleAsked
 from hyperflexis.core.instance import InstanceInfo, InstanceState
 from hyperflexis.core.links import BYTES_PER_S
-from hyperflexis.core.weights import InstanceStandby, LoadWeights, SetSendRate, WeightsLoaded
+from hyperflexis.core.weights import (
+    Attempt,
+    InstanceStandby,
+    LoadWeights,
+    SetSendRate,
+    WeightsLoaded,
+    WeightSource,
+)
 from hyperflexis.policy.multicast import SHARE
 
 
@@ -18,9 +25,11 @@ def gives(id: str, digest: str = "abc") -> InstanceInfo:
     return info(id, weights_address=f"unix:w-{id}", weights_digest=digest, weights_bytes=1 << 30)
 
 
-def serving(*ids: str, wanted: int, standby: int = 0) -> tuple[Controller, list[Launch]]:
+def serving(
+    *ids: str, wanted: int, standby: int = 0, copy: WeightSource | None = None
+) -> tuple[Controller, list[Launch]]:
     """Instances that give their weights, and what is launched besides."""
-    c = fleet(0, policy=f"fixed@{wanted}", standby=standby)
+    c = fleet(0, policy=f"fixed@{wanted}", standby=standby, copy=copy)
     for id in ids:
         c.handle(InstanceJoined(gives(id)), 0.0)
     return c, of(Launch, tick(c, 1.0))
@@ -42,6 +51,22 @@ def test_a_new_instance_gets_its_weights_from_one_that_serves_at_a_bounded_rate(
 def test_the_first_reads_from_disk():
     c, (launch,) = serving(wanted=1)
     assert standby(c, launch.instance) == [LoadWeights(launch.instance, 1)]
+
+
+def test_a_copy_in_the_hosts_memory_comes_after_all_that_serve_and_before_the_disk():
+    copy = WeightSource("unix:c", "m-copy", 0)
+    c, (launch,) = serving("a", wanted=2, copy=copy)
+    (load,) = of(LoadWeights, standby(c, launch.instance))
+    assert ([one.instance for one in load.sources], load.sources[-1], load.digest) == (["a", "m-copy"], copy, "abc")
+    c, (launch,) = serving(wanted=1, copy=copy)
+    assert launch.means == "disk", "no instance gives it any"
+    assert standby(c, launch.instance) == [LoadWeights(launch.instance, 1, (copy,))]
+    # A shell of a fleet whose last instance has died.
+    c, (launch,) = serving("a", wanted=1, standby=1, copy=copy)
+    standby(c, launch.instance)
+    c.handle(InstanceLeft("a", 1, "killed"), 2.5)
+    (load,) = of(LoadWeights, tick(c, 3.0))
+    assert (load.instance, load.sources, load.digest) == (launch.instance, (copy,), "")
 
 
 def test_whose_requests_have_time_to_spare_gives():
@@ -83,12 +108,28 @@ def test_a_shell_waits_until_it_is_woken():
 def test_one_that_gets_no_weights_anywhere_is_stopped_and_replaced():
     c, (launch,) = serving("a", wanted=2)
     standby(c, launch.instance)
-    effects = c.handle(WeightsLoaded(launch.instance, 1, (), (), "the disk is empty"), 3.0)
+    disk = Attempt("disk", "m", 0, 0.1, "the disk is empty")
+    effects = c.handle(WeightsLoaded(launch.instance, 1, (disk,), (), disk.problem), 3.0)
     assert [(one.instance, one.reason) for one in of(StopInstance, effects)] == [
         (launch.instance, "it has no weights: the disk is empty")
     ]
     (again,) = of(Launch, tick(c, 3.1))
     assert again.instance != launch.instance
+
+
+def test_one_without_memory_for_its_kv_cache_waits_and_is_woken_again():
+    c, (launch,) = serving("a", wanted=1, standby=1)
+    standby(c, launch.instance)
+    c.handle(ScaleAsked("m", 2), 2.5)
+    assert of(LoadWeights, tick(c, 3.0))
+    times = []
+    for now in map(float, range(4, 13)):
+        if c.cluster.launches[launch.instance].state is InstanceState.LOADING:
+            assert c.handle(WeightsLoaded(launch.instance, 1, (), (), "the KV cache needs 9 GB"), now - 0.5) == []
+        effects = tick(c, now)
+        assert not of(StopInstance, effects) and all(one.shell for one in of(Launch, effects) if one.means == "disk")
+        times += [now for load in of(LoadWeights, effects) if load.instance == launch.instance]
+    assert times == [4.0, 7.0, 12.0], "later and later, and no other is launched in its place"
 
 
 def test_a_shell_that_is_there_before_its_launcher_is_remembered():

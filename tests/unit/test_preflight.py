@@ -71,6 +71,33 @@ def test_another_dtype_and_the_kv_cache_count(tmp_path: Path) -> None:
         preflight.check_memory(fleet(tmp_path, f"kv_tokens: {GIB // 256}"), available=21 * GIB)
 
 
+def test_a_shell_without_a_kv_cache_of_its_own_is_counted_without(tmp_path: Path) -> None:
+    model_dir(tmp_path, 0)
+    file = tmp_path / "fleet.yaml"
+    text = (
+        "model: {name: big, engine: torch, path: m, instances: {max: 2, standby: 3}, "
+        f"args: {{kv_tokens: {10 * GIB // 256}, reserve_kv: RESERVE}}}}\n"
+    )
+    for reserve, gib in (("true", 50), ("false", 20)):
+        file.write_text(text.replace("RESERVE", reserve))
+        needed = gib * GIB + 5 * preflight.PROCESS_BYTES
+        preflight.check_memory(read_fleet(file), needed)
+        with pytest.raises(HyperFlexisError, match="5 x big"):
+            preflight.check_memory(read_fleet(file), needed - 1)
+
+
+def test_a_copy_in_the_hosts_memory_counts_also_of_a_model_on_a_device(tmp_path: Path) -> None:
+    model_dir(tmp_path, 10 * GIB)
+    file = tmp_path / "fleet.yaml"
+    file.write_text(
+        "model: {name: big, engine: torch, path: m, instances: {max: 2}, args: {device: cuda}, host_copy: true}\n"
+    )
+    with pytest.raises(HyperFlexisError, match=r"a copy of big's weights \(10\.39 GiB.*remove host_copy"):
+        preflight.check_memory(read_fleet(file), 10 * GIB)
+    preflight.check_memory(read_fleet(file), 11 * GIB)
+    preflight.check_memory(read_fleet(file), 0, kept={"big"})
+
+
 def test_a_model_too_large_for_the_devices_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
     model_dir(tmp_path, 10 * GIB)
     small = "devices: [{kind: gpu, count: 2, memory_gb: 8}]\n"

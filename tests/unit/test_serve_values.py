@@ -13,6 +13,7 @@ from hyperflexis.core.links import Split
 from hyperflexis.core.slo import Slo, SloClass
 from hyperflexis.engines.profiles import load_profile
 from hyperflexis.errors import ConfigError
+from hyperflexis.make_model import Recipe, make_model
 
 FLEET = """\
 models:
@@ -158,6 +159,25 @@ def test_the_controller_is_told_what_it_may_launch(tmp_path: Path) -> None:
         )[1].scale
         is None
     )
+
+
+def test_a_copy_of_the_weights_is_a_process_where_the_controller_says_it_is(tmp_path: Path) -> None:
+    make_model(tmp_path / "m", Recipe(size="1m", context=512))
+    text = "model: {name: a/b, engine: torch, path: m, args: {dtype: bfloat16}, instances: {max: 2}, host_copy: true}\n"
+    fleet = scaled(tmp_path, text)
+    copies = [child for child in serve.children(fleet, tmp_path) if child.role == "copy"]
+    controller = serve.server_config(fleet, tmp_path, 1)[1]
+    assert controller.scale is not None
+    told = serve.copy_config(fleet, tmp_path, "a/b")
+    assert [child.name for child in copies] == ["a-b-copy"] == [told.source.instance]
+    assert controller.scale.models[0].copy == told.source
+    assert (told.directory, told.dtype) == (tmp_path / "m", "bfloat16")
+    assert copies[0].command(0)[-3:] == ["_copy", str(tmp_path), "a/b"]
+    assert len(told.source.address.rpartition("/")[2]) < 20, "as socket_dir counts with"
+    without = scaled(tmp_path, text.replace(", host_copy: true", ""))
+    assert "copy" not in {child.role for child in serve.children(without, tmp_path)}
+    scale = serve.server_config(without, tmp_path, 1)[1].scale
+    assert scale is not None and scale.models[0].copy is None
 
 
 def test_what_is_launched_begins_without_weights_and_can_hand_streams_over(tmp_path: Path) -> None:

@@ -82,6 +82,9 @@ class TorchArgs(Section):
     """Most tokens computed in one iteration."""
     block_size: Annotated[int, Field(ge=1, le=1024)] = 16
     """Tokens of one KV block."""
+    reserve_kv: bool = True
+    """Whether a shell in standby has the memory of its KV cache already. `false`: it takes it when it is woken, which
+    makes that longer, and fails where there is none by then; for `instances.standby`."""
 
 
 class EmulatedArgs(Section):
@@ -192,6 +195,9 @@ class Model(Section):
     `observe` sends requests round robin and journals what the policy would have done. All models must agree."""
     instances: Instances = Instances()
     """How many instances; with endpoints, one for each of them."""
+    host_copy: bool = False
+    """Keep a copy of the weights in this machine's memory, read once: instances that come while none serves start from
+    it, and not from disk. It takes the weights' size and a process. For `torch`, where instances come and go."""
     prefill: Count | None = None
     """With `mode: disaggregated`: how many of the instances begin with prompts alone. The same for all models. The
     others do both."""
@@ -227,6 +233,12 @@ class Model(Section):
             raise ValueError(
                 f"instances.max and standby are for engines torch and emulated, not {self.engine}: remove them"
             )
+        if self.host_copy and not (self.engine == "torch" and self.instances.scaled):
+            raise ValueError(
+                "host_copy is for engine torch, where instances come and go: set instances.max or standby, or remove it"
+            )
+        if self.args.get("reserve_kv") is False and not self.instances.standby:
+            raise ValueError("args.reserve_kv is for shells that wait: set instances.standby, or remove it")
         if self.engine == "vllm" and self.path is None:
             raise ValueError("engine vllm needs path, a model directory; with endpoints its tokenizer.json is enough")
         if self.engine == "vllm" and self.endpoints is not None:

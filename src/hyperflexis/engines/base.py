@@ -53,7 +53,7 @@ class EngineInfo:
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """What became of a ``load``. ``digest`` is that of the weights which are there now, where the engine knows it. With
-    a ``problem`` there are none, and ``load`` may be called again."""
+    a ``problem`` there are none, and ``load`` may be called again; without attempts too, it had not come to ask."""
 
     attempts: tuple[Attempt, ...] = ()
     phases: tuple[Phase, ...] = ()

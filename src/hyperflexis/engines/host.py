@@ -454,7 +454,11 @@ class InstanceHost:
             self._move(InstanceState.STANDBY)
         else:
             assert self._info is not None
-            self._phase_over("weights", asyncio.get_running_loop().time() - began)
+            took_s = asyncio.get_running_loop().time() - began
+            pool_s = sum(phase.seconds for phase in loaded.phases if phase.name == "kv_pool")
+            if pool_s:
+                self._phase_over("kv_pool", pool_s)
+            self._phase_over("weights", took_s - pool_s)
             self._info = replace(self._info, weights_digest=loaded.digest)
             self._move(InstanceState.READY)
             if self._controller is not None:

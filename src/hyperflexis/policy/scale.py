@@ -29,6 +29,7 @@ from math import ceil, sqrt
 from ..core.demand import Sample
 from ..core.latency import Coefficients
 from ..core.launch import Means
+from ..core.weights import WeightSource
 from .forecast import LEAST_LEVEL, WINDOW_S, Forecast, History, enough, forecast
 
 EVERY_S = 1.0
@@ -61,8 +62,8 @@ IDLE_S = 300.0
 class ModelScale:
     """What a model may have: ``least`` to ``most`` instances, ``standby`` shells besides, each on so many ``devices``.
     ``start_s`` has the seconds that a start takes by each of the means that there are, until measured; ``latency``
-    where no instance has reported one. ``target`` is the attainment that is wanted, ``value`` what an instance is worth
-    where models compete."""
+    where no instance has reported one. ``copy``: of its weights, in the host's memory. ``target`` is the attainment
+    that is wanted, ``value`` what an instance is worth where models compete."""
 
     model: str
     least: int = 1
@@ -73,6 +74,7 @@ class ModelScale:
     value: float = 1.0
     start_s: dict[Means, float] = field(default_factory=lambda: {"disk": 60.0})
     latency: Coefficients | None = None
+    copy: WeightSource | None = None
 
 
 @dataclass(frozen=True, slots=True)

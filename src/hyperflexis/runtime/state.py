@@ -25,7 +25,7 @@ import msgspec
 from ..core.effects import Launch
 from ..errors import HyperFlexisError
 
-Role = Literal["gateway", "instance", "controller"]
+Role = Literal["gateway", "instance", "copy", "controller"]
 VERSION = 1
 # Linux's sun_path holds 108 bytes with the final zero, macOS's 104.
 MAX_SOCKET_PATH = 100

@@ -1,5 +1,5 @@
-"""Keeps a fleet's children running: the controller, the gateways, the instances. Those instances that the controller
-launches itself (launcher.py) are started once.
+"""Keeps a fleet's children running: the controller, the gateways, the instances, copies of weights. Those instances
+that the controller launches itself (launcher.py) are started once.
 
 Each child is restartable alone, and none dies with the supervisor: should ``serve`` be killed outright, the fleet
 goes on serving, and the next ``serve`` finds its children in the state file and adopts them. On a clean stop the
@@ -24,9 +24,9 @@ from .adopted import AdoptedProcess
 from .restarts import Restarts
 from .state import Role, StateFile
 
-STOP_ORDER: tuple[Role, ...] = ("gateway", "instance", "controller")
+STOP_ORDER: tuple[Role, ...] = ("gateway", "instance", "copy", "controller")
 # After the gateways are gone nothing is left to finish; an instance only has to free its device.
-STOP_LIMIT_S: dict[Role, float] = {"gateway": 10.0, "instance": 10.0, "controller": 5.0}
+STOP_LIMIT_S: dict[Role, float] = {"gateway": 10.0, "instance": 10.0, "copy": 5.0, "controller": 5.0}
 TAIL_LINES = 8
 _log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class StartProcess(Protocol):
 @dataclass(frozen=True, slots=True)
 class Child:
     """A process to keep. ``command`` is given the number minted for this launch: the term of a controller, the epoch
-    of an instance, 0 for a gateway. ``launch``: the controller's order for it; such a one is not started again."""
+    of an instance, 0 for the others. ``launch``: the controller's order for it; such a one is not started again."""
 
     name: str
     role: Role
@@ -248,7 +248,7 @@ class Supervisor:
                 return self._state.mint_term()
             case "instance":
                 return self._state.mint_epoch(child.name)
-            case "gateway":
+            case "gateway" | "copy":
                 return 0
 
 

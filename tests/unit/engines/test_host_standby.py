@@ -91,6 +91,17 @@ async def test_a_standby_is_introduced_loads_once_and_joins(tmp_path: Path) -> N
         await controller.until(lambda: controller.of(InstanceReported))
 
 
+async def test_a_kv_cache_taken_meanwhile_is_a_phase_of_its_own(tmp_path: Path) -> None:
+    pool_s = 1e-6
+    async with standby(tmp_path, Loaded(phases=(Phase("kv_pool", pool_s),))) as (_, controller, _gateway):
+        await controller.until(lambda: controller.of(InstanceStandby))
+        controller.links[0].send(ORDER)
+        await controller.until(lambda: controller.of(WeightsLoaded))
+        pool, weights = controller.of(LaunchProgressed)
+        assert (pool.phase, pool.seconds, weights.phase) == ("kv_pool", pool_s, "weights")
+        assert weights.seconds > 0.0, "the rest"
+
+
 async def test_what_could_not_load_stays_a_standby_and_is_told_again(tmp_path: Path) -> None:
     failed = Loaded((Attempt("disk", "/m", 0, 0.1, "gone"),), (), "", "gone")
     async with standby(tmp_path, failed, Loaded()) as (_, controller, gateway):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ...errors import HyperFlexisError
 from .config import ModelConfig
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -19,19 +21,55 @@ class KvCache:
     ``layers[i]`` is [2 * kv heads, blocks, block_size, head_dim], keys in the first half. Heads come first so that
     gathered blocks of one head lie one after the other, as the matrix products of attention want them.
     The content starts at zero, never undefined: masked positions are multiplied by zero, and NaN times zero is NaN.
+    Not to ``reserve`` leaves ``layers`` empty until ``take`` is called.
     """
 
     def __init__(
-        self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        reserve: bool = True,
     ) -> None:
+        """Raises HyperFlexisError when there is not so much memory."""
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.num_kv_heads = config.num_kv_heads
         self.head_dim = config.head_dim
-        shape = (2 * config.num_kv_heads, num_blocks, block_size, config.head_dim)
-        # Written now, so that the first requests do not pay for first-touch page faults.
-        self.layers = [torch.empty(shape, dtype=dtype, device=device).zero_() for _ in range(config.num_layers)]
-        self._by_slot = [layer.view(shape[0], -1, config.head_dim) for layer in self.layers]
+        self._num_layers = config.num_layers
+        self._dtype = dtype
+        self._device = device
+        self.layers: list[Tensor] = []
+        self._by_slot: list[Tensor] = []
+        if reserve:
+            self.take(num_blocks)
+
+    def take(self, num_blocks: int) -> None:
+        """Have the memory of the first ``num_blocks``, instead of what there was. Raises HyperFlexisError when there is
+        not so much, and has none then."""
+        self.release()
+        shape = (2 * self.num_kv_heads, num_blocks, self.block_size, self.head_dim)
+        needed, free = self._num_layers * prod(shape) * self._dtype.itemsize, available_bytes(self._device)
+        problem = f"the KV cache of {num_blocks * self.block_size} tokens needs {needed / 1e9:.2f} GB on {self._device}"
+        if needed > free:  # a CPU's system gives what it has not, and kills later
+            raise HyperFlexisError(f"{problem}, and {free / 1e9:.2f} GB are available: free memory, or lower kv_tokens")
+        try:
+            # Written now, so that the first requests do not pay for first-touch page faults.
+            self.layers = [
+                torch.empty(shape, dtype=self._dtype, device=self._device).zero_() for _ in range(self._num_layers)
+            ]
+        except RuntimeError as error:
+            self.release()
+            raise HyperFlexisError(f"{problem}, which it does not give: {error}") from error
+        self._by_slot = [layer.view(shape[0], -1, self.head_dim) for layer in self.layers]
+
+    def release(self) -> None:
+        """Give the memory back to the device."""
+        self.layers, self._by_slot = [], []
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def write(self, layer: int, slots: Tensor, kv: Tensor) -> None:
         """Store keys and values ``kv`` [tokens, 2 * kv heads, head_dim] at ``slots`` (block * block_size + offset)."""

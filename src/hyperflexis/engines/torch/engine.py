@@ -35,7 +35,7 @@ from ..driver import finished, report_of, sequence_of
 from ..handoff import HandoffConfig, Handoffs
 from .handoff import TorchDevice
 from .loader import allocate, find_device
-from .probe import probe, shapes
+from .probe import blocks_for, probe, shapes
 from .runner import Runner, Stream, stream_of
 from .sampler import Drawn
 from .standby import Fleet, ShellWeights
@@ -55,7 +55,8 @@ class TorchConfig:
     of a CPU instance. ``kv_tokens``: size of the KV cache, None for what the memory allows. ``context_length``: None
     for the model's own. ``device_kind``: its name in profiles, None for the device's own. ``kv_listen``: address
     (``unix:PATH`` or HOST:PORT) at which other instances get the KV of requests from here, None for nowhere;
-    ``kv_token``: the word that they share. ``weights_listen``: the same for its weights.
+    ``kv_token``: the word that they share. ``weights_listen``: the same for its weights. ``reserve_kv``: whether a
+    standby has the memory of its KV cache already; else it takes it when it loads.
     """
 
     model: str
@@ -73,6 +74,7 @@ class TorchConfig:
     kv_listen: str | None = None
     kv_token: str = ""
     weights_listen: str | None = None
+    reserve_kv: bool = True
 
 
 class TorchEngine:
@@ -232,13 +234,14 @@ class TorchEngine:
 
     def _prepare(self, fleet: Fleet, phase_over: PhaseOver) -> tuple[Coefficients, str]:
         """Memory, weights unless in standby, warm kernels. Returns how long iterations take, and the weights' digest if
-        others can have them."""
+        others can have them. Without a reserved KV cache as much is taken as the warm-up touches, and given back."""
         config, began = self._config, self._clock()
         device = find_device(config.device)
         most = config.max_batch * (config.context_length or 1 << 20)
         shared = fleet.listen is not None and is_local(fleet.listen)
+        reserve = config.reserve_kv or not self._standby
         self._shell = shell = allocate(
-            config.directory, device, config.dtype, config.kv_tokens, config.block_size, most, shared
+            config.directory, device, config.dtype, config.kv_tokens, config.block_size, most, shared, reserve
         )
         self._weights = ShellWeights(shell, fleet)
         allocated = read = self._clock()
@@ -250,8 +253,13 @@ class TorchEngine:
         shell.pack()
         sizes = self._sizes(shell.runner)
         wanted = shapes(sizes.max_batch, sizes.max_batch_tokens, sizes.context_length, sizes.kv_capacity_tokens)
+        cache = shell.runner.model.cache
+        if not reserve:
+            cache.take(min(blocks_for(wanted, cache.block_size), cache.num_blocks))
         prior = probe(shell.runner, wanted)
-        digest = self._weights.publish() if fleet.listen is not None and not self._standby else ""
+        if not reserve:
+            cache.release()
+        digest = shell.publish() if fleet.listen is not None and not self._standby else ""
         phase_over("warm_up", self._clock() - read)
         return prior, digest
 

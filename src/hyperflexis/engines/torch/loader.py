@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...core.weights import TensorSpec, WeightLayout
+from ...core.weights import Manifest, TensorSpec, WeightLayout
 from ...errors import HyperFlexisError
 from ...transfer.arena import Arena
 from ...transfer.weights import Shard
@@ -85,6 +85,12 @@ class Shell:
         """The weights from disk. Raises HyperFlexisError when the files will not do."""
         weights.read(self.directory, self.runner.model.config, self._kept)
 
+    def publish(self) -> str:
+        """The weights are there, from disk, and others may have them. Returns their digest."""
+        manifest = Manifest(self.shard.layout, self.shard.digests(), self.fingerprint())
+        self.shard.publish(manifest)
+        return manifest.digest
+
     def pack(self) -> None:
         """Make the copies that make batches fast, one matrix after the other; from another thread they come into use
         while iterations run."""
@@ -132,9 +138,10 @@ def allocate(
     block_size: int,
     most_kv_tokens: int,
     shared: bool = False,
+    reserve_kv: bool = True,
 ) -> Shell:
     """All memory of an instance, touched. ``kv_tokens`` None takes what there is, at most ``most_kv_tokens``. With
-    ``shared`` other processes can map the weights.
+    ``shared`` other processes can map the weights. Without ``reserve_kv`` the memory of the KV cache is not taken yet.
 
     Raises HyperFlexisError when the model's configuration or the memory will not do.
     """
@@ -143,7 +150,7 @@ def allocate(
     if name not in DTYPES:
         raise HyperFlexisError(f"{directory}: dtype {name!r} is not supported; give one of {', '.join(DTYPES)}")
     dtype = DTYPES[name]
-    memory = _plan_memory(directory, config, device, dtype, kv_tokens, block_size, most_kv_tokens)
+    memory = _plan_memory(directory, config, device, dtype, kv_tokens, block_size, most_kv_tokens, reserve_kv)
     shapes, _ = weights.parts(config)
     specs = (TensorSpec(n, name, shape, prod(shape) * dtype.itemsize) for n, shape in shapes.items())
     layout = WeightLayout(config.digest, tuple(specs))
@@ -159,7 +166,7 @@ def allocate(
         tensor.name: whole[offset : offset + tensor.size].view(dtype).view(tensor.shape)
         for tensor, offset in zip(layout.tensors, layout.offsets, strict=True)
     }
-    cache = KvCache(config, memory.num_blocks, block_size, dtype, device)
+    cache = KvCache(config, memory.num_blocks, block_size, dtype, device, reserve_kv)
     context = min(config.context_length, memory.num_blocks * block_size)
     runner = Runner(Model(config, weights.assemble(config, kept), cache, context))
     return Shell(directory, runner, kept, shard, memory)
@@ -188,6 +195,7 @@ def _plan_memory(
     kv_tokens: int | None,
     block_size: int,
     most_kv_tokens: int,
+    reserve_kv: bool,
 ) -> Memory:
     """Sizes that fit, decided before anything large is allocated: a CPU's system kills without a word."""
     free = available_bytes(device)
@@ -203,10 +211,11 @@ def _plan_memory(
         kv_tokens = max(min(derived // token_bytes, most_kv_tokens), LEAST_KV_TOKENS)
     num_blocks = -(-kv_tokens // block_size)
     kv_bytes = num_blocks * block_size * token_bytes
-    if kv_bytes > room:
+    now_tokens, now_bytes = (kv_tokens, kv_bytes) if reserve_kv else (0, 0)
+    if now_bytes > room:
         raise HyperFlexisError(
             f"too little memory on {device} for {directory}: weights need {_gb(weight_bytes)} as {dtype} and "
-            f"{kv_tokens} tokens of KV cache {_gb(kv_bytes)}, together {weight_bytes + kv_bytes} bytes, but {free} "
+            f"{now_tokens} tokens of KV cache {_gb(now_bytes)}, together {weight_bytes + now_bytes} bytes, but {free} "
             "bytes are available; free memory, lower --kv-tokens, or choose a smaller model or --dtype bfloat16"
         )
     pack = can_pack(dtype, device) and 2 * weight_bytes + kv_bytes <= free // 2

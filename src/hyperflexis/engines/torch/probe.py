@@ -57,6 +57,14 @@ def shapes(max_batch: int, max_batch_tokens: int, context_length: int, kv_tokens
     return [s for s in dict.fromkeys(wanted) if s.decodes * (s.decode_context + 1) <= kv_tokens]
 
 
+def blocks_for(wanted: Sequence[Shape], block_size: int) -> int:
+    """KV blocks that any of these uses."""
+    return max(
+        s.decodes * -(-(s.decode_context + 1) // block_size) + -(-(s.prefill_context + s.prefill) // block_size)
+        for s in wanted
+    )
+
+
 def probe(runner: Runner, wanted: Sequence[Shape], clock: Callable[[], float] = time.perf_counter) -> Coefficients:
     """Run ``wanted`` on whatever the cache holds and fit. The first shape is run once more before, to warm up."""
     began = clock()

@@ -1,5 +1,6 @@
 """The weights of a torch instance: from others or from disk into its shell, checked, and from there to others.
 
+    kv_pool     where the KV cache was not reserved, its memory, touched
     transfer    over the network or shared memory, into where the weights are to be
     check       a few logits against the source's: weights that are whole and in the wrong place are found
     disk        where no source gave them
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from ...core.weights import Attempt, LoadWeights, Manifest, Phase
+from ...core.weights import Attempt, LoadWeights, Phase
 from ...errors import HyperFlexisError
 from ...transfer.fetch import FetchConfig, Fetcher
 from ...transfer.pace import TokenBucket
@@ -68,15 +69,23 @@ class ShellWeights:
         """Where others get the weights; empty: nowhere."""
         return self._server.address if self._server is not None else ""
 
-    def publish(self) -> str:
-        """The weights are there, from disk, and others may have them. Returns their digest."""
-        manifest = Manifest(self._shell.shard.layout, self._shell.shard.digests(), self._shell.fingerprint())
-        self._shell.shard.publish(manifest)
-        return manifest.digest
-
     def load(self, order: LoadWeights) -> Loaded:
         """See Engine.load. Takes as long as it takes."""
         self._phases = []
+        cache = self._shell.runner.model.cache
+        if cache.layers:
+            return self._load(order)
+        try:
+            with self._phase("kv_pool"):
+                cache.take(cache.num_blocks)
+        except HyperFlexisError as error:
+            return Loaded(phases=tuple(self._phases), problem=str(error))
+        loaded = self._load(order)
+        if loaded.problem:
+            cache.release()
+        return loaded
+
+    def _load(self, order: LoadWeights) -> Loaded:
         self._shell.unpack()
         attempts = self._from_others(order)
         shard = self._shell.shard
@@ -135,7 +144,7 @@ class ShellWeights:
             with self._phase("disk"):
                 self._shell.read()
             with self._phase("digest"):
-                digest = self.publish()
+                digest = self._shell.publish()
             if order.digest and digest and digest != order.digest:
                 problem = f"the weights on disk have digest {digest}, and {order.digest} are wanted"
                 digest = ""

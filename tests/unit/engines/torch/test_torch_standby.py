@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -52,6 +53,11 @@ async def tokens(driver: Driver) -> list[int]:
     stream = await driver.run(PROMPT, 12)
     assert stream.end is not None and stream.end.finish == "length", stream.end
     return stream.tokens
+
+
+def resident_bytes() -> int:
+    """Of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 async def load(driver: Driver, *sources: WeightSource, digest: str = "") -> Loaded:
@@ -128,6 +134,41 @@ async def test_without_any_way_it_stays_a_standby_and_may_be_told_again(small_mo
         assert refused.end is not None and refused.end.finish == "refused"
         assert not (await load(shell, where(source))).problem
         assert await tokens(shell) == await tokens(source)
+
+
+async def test_a_kv_cache_that_is_not_reserved_is_taken_when_the_shell_loads(small_model: Path) -> None:
+    tokens_held = 1 << 18
+    async with (
+        engine(small_model, "127.0.0.1:0") as source,
+        engine(small_model, None, standby=True, kv_tokens=tokens_held, reserve_kv=False) as shell,
+        engine(small_model, None, standby=True, kv_tokens=tokens_held) as reserved,
+    ):
+        assert shell.info is not None and reserved.info is not None
+        assert replace(shell.info, latency=reserved.info.latency) == reserved.info, "the fleet is told the same"
+        before = resident_bytes()
+        loaded = await load(shell, where(source))
+        assert not loaded.problem
+        assert [phase.name for phase in loaded.phases] == ["kv_pool", "transfer", "check"]
+        cache = shell.engine._shell.runner.model.cache  # type: ignore[attr-defined]
+        needed = sum(layer.nbytes for layer in cache.layers)
+        assert needed > 100e6 and resident_bytes() - before > 0.9 * needed, "it is touched"
+        assert [phase.name for phase in (await load(reserved, where(source))).phases] == ["transfer", "check"]
+        assert await tokens(shell) == await tokens(source)
+
+
+async def test_a_shell_without_memory_for_its_kv_cache_stays_one_and_says_so(small_model: Path) -> None:
+    """Its cache would take terabytes; in blocks so large that the books of it stay small."""
+    options = {"kv_tokens": 1 << 32, "block_size": 4096}
+    async with engine(small_model, None, standby=True, reserve_kv=False, **options) as shell:
+        for _ in range(2):
+            loaded = await load(shell)
+            assert "KV cache of 4294967296 tokens needs" in loaded.problem and "are available" in loaded.problem
+            assert loaded.attempts == () and [phase.name for phase in loaded.phases] == ["kv_pool"]
+        refused = await shell.run(PROMPT)
+        assert refused.end is not None and refused.end.finish == "refused"
+    with pytest.raises(HyperFlexisError, match="too little memory"):
+        async with engine(small_model, None, standby=True, **options):
+            pass
 
 
 async def test_a_disk_with_other_weights_than_the_wanted_ones_is_refused(
