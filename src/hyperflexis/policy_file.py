@@ -20,15 +20,21 @@ from types import ModuleType
 from .errors import ConfigError
 from .policy.catalog import POLICIES, STEPS, Policy, StepFunctions, find_policy
 
+TOLD = "+lengths"
+"""Behind a spec: the same policy, told each request's output length. Only a simulation can do that."""
 _LENT = "least_loaded"
 
 
 def load_policy(spec: str) -> tuple[str, Policy]:
-    """The name and the policy of ``spec``: what ``find_policy`` understands, or the path of a file ending in ``.py``.
+    """The name and the policy of ``spec``: what ``find_policy`` understands, or the path of a file ending in ``.py``;
+    either may be TOLD lengths.
 
     A file's policy enters the catalog of this process under the file's name, so that the controller finds it there.
     Raises ConfigError saying what is wrong with the spec or the file.
     """
+    if spec.endswith(TOLD):
+        name, policy = load_policy(spec.removesuffix(TOLD))
+        return name + TOLD, policy
     if not spec.endswith(".py"):
         return spec, find_policy(spec)
     path = Path(spec)

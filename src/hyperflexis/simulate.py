@@ -62,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policies",
         default=DEFAULT_POLICIES,
         metavar="A,B,PATH.py",
-        help="policies to compare, by name, name@chunk or file (default: %(default)s)",
+        help="policies to compare, by name, name@chunk or file; with +lengths behind it, told each output's length "
+        "(default: %(default)s)",
     )
     add("--seeds", metavar="1,2", help="seeds; each runs once per policy and load (default: the workload's)")
     add("--loads", metavar="0.5:1.6:0.1", help="arrival rates over the fleet's capacity (default: the workload's rate)")
@@ -137,7 +138,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="kill, hang, slow or drain instance I after T seconds for D seconds: kill:0@60+10, slow:1@60+10x5; with "
         "--scale also fail-launch:K or hang-launch:K, of the launches from 0 on",
     )
-    group.add_argument("--known-lengths", action="store_true", help="tell the scheduler each request's output length")
     group.add_argument("--no-leap", action="store_true", help="step every iteration: the same result, slowly")
 
 
@@ -205,7 +205,6 @@ def make_plan(args: argparse.Namespace) -> Plan:
         noise=number("--noise", args.noise),
         device_factor=number("--device-factor", args.device_factor, above=0.0),
         report_delay_s=number("--report-delay-ms", args.report_delay_ms) / 1000.0,
-        known_lengths=args.known_lengths,
         leap=not args.no_leap,
         faults=tuple(parse_fault(text, args.instances) for text in args.fault if parse_launch_fault(text) is None),
         split=_split(args),

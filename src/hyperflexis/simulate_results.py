@@ -161,7 +161,6 @@ class Results:
                 "noise": setting.noise,
                 "device_factor": setting.device_factor,
                 "report_delay_ms": 1000.0 * setting.report_delay_s,
-                "known_lengths": setting.known_lengths,
                 "faults": [asdict(fault) for fault in setting.faults],
                 "split": None if setting.split is None else asdict(setting.split),
                 "scale": None if setting.scale is None else asdict(setting.scale) | {"starts": dict(setting.starts)},
@@ -324,7 +323,6 @@ class Results:
             "device's times / profile's": f"{setting.device_factor:g}",
             "reports late by": f"{1000.0 * setting.report_delay_s:g} ms",
             "faults": ", ".join(f"{f.kind} {f.instance} at {f.at_s:g} s" for f in setting.faults) or "none",
-            "output lengths known": "yes" if setting.known_lengths else "no",
             "scaling": self._scaling_fact(),
             "wall-clock time": f"{self.wall_s:.1f} s",
         }

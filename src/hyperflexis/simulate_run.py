@@ -15,7 +15,7 @@ from .core.profile import Profile
 from .errors import HyperFlexisError
 from .policy.catalog import Policy
 from .policy.scale import ScaleConfig
-from .policy_file import load_policy, where
+from .policy_file import TOLD, load_policy, where
 from .sim.config import Observer, SimConfig, SimCounters, SimResult
 from .sim.driver import simulate
 from .sim.faults import Fault, LaunchFault
@@ -42,7 +42,6 @@ class Setting:
     noise: float = 0.0
     device_factor: float = 1.0
     report_delay_s: float = 0.0
-    known_lengths: bool = False
     leap: bool = True
     faults: tuple[Fault, ...] = ()
     split: Split | None = None
@@ -105,7 +104,8 @@ class Runner:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.policies: dict[str, Policy] = dict(load_policy(spec) for spec in setting.policies)
-        self._files = {Path(spec).stem: Path(spec) for spec in setting.policies if spec.endswith(".py")}
+        plain = (spec.removesuffix(TOLD) for spec in setting.policies)
+        self._files = {Path(spec).stem: Path(spec) for spec in plain if spec.endswith(".py")}
         self._cell: Cell | None = None
         self._arrivals: list[Arrival] = []
 
@@ -119,7 +119,8 @@ class Runner:
 
     def controller_config(self, models: tuple[str, ...], task: RunTask) -> ControllerConfig:
         """That of the controller which ``simulate`` runs."""
-        return ControllerConfig(models, task.policy, split=self._split(task.cell), scale=self.setting.scale)
+        policy = task.policy.removesuffix(TOLD)
+        return ControllerConfig(models, policy, split=self._split(task.cell), scale=self.setting.scale)
 
     def _split(self, cell: Cell) -> Split | None:
         setting = self.setting
@@ -146,13 +147,13 @@ class Runner:
         config = SimConfig(
             profile=setting.profile,
             instances=setting.instances,
-            policy=task.policy,
+            policy=task.policy.removesuffix(TOLD),
             rules=self.policies[task.policy],
             seed=task.cell.seed,
             noise=setting.noise,
             device_factor=setting.device_factor,
             report_delay_s=setting.report_delay_s,
-            known_lengths=setting.known_lengths,
+            known_lengths=task.policy.endswith(TOLD),
             leap=setting.leap,
             faults=setting.faults,
             split=self._split(task.cell),
@@ -167,9 +168,10 @@ class Runner:
         except HyperFlexisError:
             raise
         except Exception as error:
-            if task.policy not in self._files:
+            file = self._files.get(config.policy)
+            if file is None:
                 raise
-            place = where(error, self._files[task.policy])
+            place = where(error, file)
             raise HyperFlexisError(f"policy {place}: {type(error).__name__}: {error}") from error
 
     def outcome(self, task: RunTask, result: SimResult, wall_s: float) -> RunOutcome:

@@ -397,3 +397,19 @@ def test_a_fixed_scaler_costs_what_a_fixed_fleet_costs(workload: Path, tmp_path:
         found.append(json.loads(out.read_text())["policies"]["hyperflexis"])
     assert found[0]["attainment"] == found[1]["attainment"]
     assert found[0]["accelerator_s"] == pytest.approx(found[1]["accelerator_s"])
+
+
+def test_a_policy_that_is_told_lengths_is_a_curve_of_its_own(workload: Path, tmp_path: Path) -> None:
+    workload.write_text(WORKLOAD.replace("output: 100", "output: {lognormal: {median: 100, sigma: 1.5}}"))
+    options = ("--policies", "hyperflexis,hyperflexis+lengths", "--loads", "1.5", "--jobs", "1")
+    found = figures_of(command(workload, *options), tmp_path)["policies"]
+    assert list(found) == ["hyperflexis", "hyperflexis+lengths"]
+    assert found["hyperflexis"]["mean_e2e_s"] != found["hyperflexis+lengths"]["mean_e2e_s"]
+
+
+def test_a_file_may_be_told_lengths_too(policy_file: WriteFile) -> None:
+    spec = policy_file(PLACE)
+    name, policy = load_policy(f"{spec}+lengths")
+    assert name == "mine+lengths" and policy is POLICIES["mine"]
+    with pytest.raises(ConfigError, match="did you mean hyperflexis"):
+        load_policy("hyperflex+lengths")
