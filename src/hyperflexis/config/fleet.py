@@ -82,6 +82,9 @@ class TorchArgs(Section):
     """Most tokens computed in one iteration."""
     block_size: Annotated[int, Field(ge=1, le=1024)] = 16
     """Tokens of one KV block."""
+    weights_over: Literal["nixl", "torch"] | None = None
+    """What brings the weights that other instances give, before shared memory and TCP are tried: `nixl`, or
+    `torch` (torch.distributed: NCCL between GPUs, else Gloo). For networks that are the fleet's own."""
 
 
 class EmulatedArgs(Section):

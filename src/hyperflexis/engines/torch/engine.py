@@ -28,6 +28,7 @@ from ...core.weights import LoadWeights
 from ...errors import HyperFlexisError, ProtocolError
 from ...policy.catalog import StepFunctions
 from ...sequences import Sequence
+from ...transfer.paths import Over
 from ...transfer.tcp import is_local
 from ...wire import Generate
 from ..base import STANDBY, Emission, Ending, EngineInfo, EngineReport, Linked, Loaded, PhaseOver, Sink
@@ -55,7 +56,8 @@ class TorchConfig:
     of a CPU instance. ``kv_tokens``: size of the KV cache, None for what the memory allows. ``context_length``: None
     for the model's own. ``device_kind``: its name in profiles, None for the device's own. ``kv_listen``: address
     (``unix:PATH`` or HOST:PORT) at which other instances get the KV of requests from here, None for nowhere;
-    ``kv_token``: the word that they share. ``weights_listen``: the same for its weights.
+    ``kv_token``: the word that they share. ``weights_listen``: the same for its weights. ``weights_over``: how these
+    come and go before shared memory and TCP are tried (``nixl``, ``torch``), None for no such way.
     """
 
     model: str
@@ -73,6 +75,7 @@ class TorchConfig:
     kv_listen: str | None = None
     kv_token: str = ""
     weights_listen: str | None = None
+    weights_over: Over | None = None
 
 
 class TorchEngine:
@@ -107,7 +110,7 @@ class TorchEngine:
         self._standby = standby
         config = self._config
         loop = asyncio.get_running_loop()
-        fleet = Fleet(config.weights_listen, config.kv_token, instance, epoch)
+        fleet = Fleet(config.weights_listen, config.kv_token, instance, epoch, config.weights_over or "")
 
         def over(phase: StartPhase, seconds: float) -> None:
             if phase_over is not None:
