@@ -34,18 +34,18 @@ class Way:
 
 
 def way_of(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Way:
-    over: Over = "torch" if name == "gloo" else "nixl" if name.startswith("nixl") else ""
+    over: Over = "torch" if name == "gloo" else "nixl" if name == "nixl" else ""
     if over and find_spec("torch") is None:
         pytest.skip("PyTorch is not installed")
     if over == "nixl" and find_spec("nixl") is None:
         pytest.skip("NIXL is not installed in this environment: `make test-vllm` makes one that has it, and runs this")
-    if name == "nixl without CMA":  # the source has a part in each read, as without RDMA between hosts
+    if name == "nixl":  # there is no RDMA here
         monkeypatch.setenv("UCX_TLS", "tcp")
     local = name == "shared memory"
-    return Way(name.partition(" without")[0], over, lambda one: f"unix:{tmp_path}/{one}" if local else "127.0.0.1:0")
+    return Way(name, over, lambda one: f"unix:{tmp_path}/{one}" if local else "127.0.0.1:0")
 
 
-@pytest.fixture(params=["tcp", "shared memory", "gloo", "nixl", "nixl without CMA"])
+@pytest.fixture(params=["tcp", "shared memory", "gloo", "nixl"])
 def way(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Way:
     return way_of(request.param, tmp_path, monkeypatch)
 
@@ -111,7 +111,8 @@ def test_a_source_that_stops_dead_is_left_and_what_it_sends_late_changes_nothing
         assert content(target) == content(full(layout(LARGE)))
         target.arena.view[:] = bytes(target.layout.size)  # what came late would be the same bytes
         one.signal(signal.SIGCONT)
-        one.close()
+        # UCX may end a source that it had answer a read over TCP, which is why that is no way by itself.
+        one.close(may_have_died=way.name == "nixl")
     assert not any(target.arena.view.tobytes()), "it wrote into memory that others had filled meanwhile"
 
 

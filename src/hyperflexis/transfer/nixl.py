@@ -1,16 +1,17 @@
-"""Blocks that a target reads out of its source's memory by NIXL: RDMA where the network has it, else what UCX finds.
+"""Blocks that a target reads out of its source's memory by NIXL, over RDMA.
 
 The source registers its memory and tells where it is; the target reads a piece once it was granted, and says Took. NIXL
-is told what to do here by its caller alone, without threads of its own: its progress thread keeps a core busy for as
-long as it lives (measured: 0.99 s of each). Where hardware does not do the source's part in a read, the source does it
-while it waits for Took, and at no other time.
+has no threads of its own here: its progress thread keeps a core busy as long as it lives (measured: 0.99 s of each).
+What a source has to do in order to be read, such as the first connecting, it does while it waits for Took.
 
-UCX knows nothing of the fleet's token: whoever reaches its port while weights move may read and write this process's
-memory. So this is for networks of the fleet's own, and off unless both ends ask for it.
+Not over UCX's TCP unless the user says so: there the source answers reads by software, and UCX ends its process when a
+target left in the middle of one (docs/weight-transfer.md). Nor does UCX know of the fleet's token: whoever reaches its
+ports while weights move may read and write this process's memory. So both ends have to ask for it.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 _LONGEST_REST_S = 2e-4
 """Between two looks: a piece takes some milliseconds."""
+TRANSPORTS = "UCX_TLS"
+"""The variable by which a user chooses UCX's transports."""
 _making = threading.Lock()
 
 
@@ -67,7 +70,14 @@ class _Agent:
         on_device = whole.device.type != "cpu"
         self.place = _Place(whole.data_ptr(), whole.device.index or 0, "VRAM" if on_device else "DRAM")
         with told(), _making:
-            self.nixl: Any = nixl_agent(token_hex(8), nixl_agent_config(enable_prog_thread=False, backends=["UCX"]))
+            self.nixl: Any = nixl_agent(token_hex(8), nixl_agent_config(enable_prog_thread=False, backends=[]))
+            try:
+                self.nixl.create_backend("UCX", {} if TRANSPORTS in os.environ else {"engine_config": "TLS=^tcp"})
+            except Exception as error:
+                raise OSError(
+                    f"NIXL finds no RDMA here ({error}); set {TRANSPORTS} for another transport of UCX, which may end "
+                    "the source's process when a target leaves"
+                ) from error
             region = [(self.place.address, memory.size, self.place.device, "")]
             self._region: Any = self.nixl.register_memory(region, self.place.kind)
 
