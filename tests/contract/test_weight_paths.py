@@ -54,6 +54,11 @@ def take(target: Shard, way: Way, *sources: WeightSource, **options: object) -> 
     return fetched(target, *sources, over=way.over, **options)
 
 
+def open_sockets() -> int:
+    """Of this process; 0 where the system does not tell."""
+    return sum(one.is_socket() for one in Path("/proc/self/fd").glob("*"))
+
+
 def after_the_first_block(target: Shard, act: Callable[[], None]) -> threading.Thread:
     """Do that once something has come."""
 
@@ -104,9 +109,11 @@ def test_a_source_that_stops_dead_is_left_and_what_it_sends_late_changes_nothing
         source(way.address("b"), way.over, name="other", sizes=LARGE) as other,
     ):
         stopper = after_the_first_block(target, lambda: one.signal(signal.SIGSTOP))
+        before = open_sockets()
         attempts = take(target, way, one.at, other.at, silence_s=1.0)
         stopper.join()
         assert attempts[0].problem and not attempts[-1].problem, attempts
+        assert open_sockets() == before, "through which something could still come"
         assert sum(one.num_bytes for one in attempts) == sum(LARGE)
         assert content(target) == content(full(layout(LARGE)))
         target.arena.view[:] = bytes(target.layout.size)  # what came late would be the same bytes
