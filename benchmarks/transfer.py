@@ -9,6 +9,8 @@ each with a link limited both ways (`tc tbf`); the time until the last receiver 
 for a chain and for a star. *Killed*: the receiver in the middle of the chain dies half way; the others go on behind
 the one before it. *Disk*: also one that reads no faster than a cloud volume, by the kernel's throttle (blkio, cgroup
 v1).
+*Over*: TCP, and in the same run what is asked for with --over, in processes that begin with it: `torch` (Gloo), `nixl`,
+which without RDMA needs UCX_TLS=tcp or the like.
 *Large pages*: shared memory once more where the kernel gives it pages of 2 MiB to who asks (the setting is put back).
 Parts that need root or a kernel's feature which is not there say so and are skipped.
 """
@@ -26,13 +28,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from common import RESULTS, command, environment, write_results
 from hyperflexis import transfer_measure as measure
 from hyperflexis.make_model import make_model, num_bytes
 from hyperflexis.policy.multicast import Node, chunk_for, plan
 from hyperflexis.transfer.fetch import FetchConfig
+from hyperflexis.transfer.paths import Over
 from hyperflexis.transfer_bench import bench, parse_size, recipe_for
 
 CLOUD_BYTES_PER_S = 1.0e9
@@ -185,6 +188,16 @@ def large_pages(size: int, rounds: int) -> dict[str, float]:
     return found
 
 
+def over_others(size: int, rounds: int, ways: Sequence[Over]) -> dict[str, float]:
+    """TCP and these, from one process to another; the fastest of ``rounds``."""
+    found = {"size_bytes": size, "tcp_s": round(measure.chain_s(size, 1, None, rounds), 4)}
+    for way in ways:
+        found[f"{way}_s"] = round(measure.chain_s(size, 1, None, rounds, over=way), 4)
+        found[f"{way}_of_tcp"] = round(found["tcp_s"] / found[f"{way}_s"], 3)
+    print(f"over others: {found}")
+    return found
+
+
 def part(found: dict[str, Any], name: str, work: Any) -> None:
     try:
         found[name] = work()
@@ -199,6 +212,8 @@ def main() -> None:
     parser.add_argument("--chain-size", default="256MiB")
     parser.add_argument("--receivers", default="1,2,4,8")
     parser.add_argument("--link-mbit", type=int, default=400, help="that eight hops fit on two cores")
+    parser.add_argument("--over", default="", help="ways to be measured beside TCP, as torch,nixl")
+    parser.add_argument("--over-size", default="256MiB")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=RESULTS / "transfer.json")
@@ -216,6 +231,11 @@ def main() -> None:
         part(one, "large_pages", lambda size=size: large_pages(size, args.rounds))
         found["sizes"][text] = {**one, "run": run_of}
         write_results(args.json, found)
+    ways = [cast(Over, one) for one in filter(None, args.over.split(","))]
+    if ways:
+        key = f"over {args.over_size} {os.environ.get('UCX_TLS', '')}".strip()
+        part(found, key, lambda: over_others(parse_size(args.over_size), args.rounds, ways))
+        found[key]["run"] = run_of
     receivers = sorted(int(one) for one in filter(None, args.receivers.split(",")))
     if receivers:
         size = parse_size(args.chain_size)

@@ -38,6 +38,7 @@ from .launch.local import copying_env
 from .transfer import arena, tcp
 from .transfer.arena import Arena
 from .transfer.fetch import FetchConfig, Fetcher
+from .transfer.paths import Over
 from .transfer.weights import Shard, WeightServer
 
 LIMIT_S = 300.0
@@ -139,7 +140,7 @@ class Reception:
     attempts: tuple[Attempt, ...]
 
 
-def _give(place: Place, layout: WeightLayout, ready: Any, over: Any, rate: float | None) -> None:
+def _give(place: Place, layout: WeightLayout, way: Over, ready: Any, over: Any, rate: float | None) -> None:
     place.enter()
     memory = Arena(layout.size, tcp.is_local(place.address))
     shard = Shard(layout, memory)
@@ -147,7 +148,7 @@ def _give(place: Place, layout: WeightLayout, ready: Any, over: Any, rate: float
     for at in range(0, layout.size, PIECE):
         memory.view[at : at + PIECE] = random[: layout.size - at]
     shard.publish(Manifest(layout, shard.digests()))
-    server = WeightServer(place.address, shard, "0", 1, TOKEN)
+    server = WeightServer(place.address, shard, "0", 1, TOKEN, over=way)
     server.bucket.set_rate(rate)
     ready.put((0, server.address))
     over.wait()
@@ -159,7 +160,7 @@ def _receive(
 ) -> None:
     place.enter()
     shard = Shard(layout, Arena(layout.size, tcp.is_local(place.address)))
-    server = WeightServer(place.address, shard, str(number), 1, TOKEN)
+    server = WeightServer(place.address, shard, str(number), 1, TOKEN, over=config.over)
     ready.put((number, server.address))
     while (sources := go.get()) is not None:
         began = time.perf_counter()
@@ -201,7 +202,7 @@ class Chain:
         self._over, self._told = context.Event(), context.Queue()
         ready = context.Queue()
         self._processes = [
-            context.Process(target=_give, args=(places[0], layout, ready, self._over, rate), daemon=True)
+            context.Process(target=_give, args=(places[0], layout, config.over, ready, self._over, rate), daemon=True)
         ]
         self._go = [context.Queue() for _ in places[1:]]
         for number, (place, go) in enumerate(zip(places[1:], self._go, strict=True), 1):
@@ -234,15 +235,16 @@ class Chain:
             process.join(LIMIT_S)
 
 
-def chain_s(size: int, receivers: int, folder: Path | None, rounds: int, star: bool = False) -> float:
-    """Until the last of so many has everything, over shared memory under ``folder``, else TCP; the fastest round."""
+def chain_s(size: int, receivers: int, folder: Path | None, rounds: int, star: bool = False, over: Over = "") -> float:
+    """Until the last of so many has everything: ``over`` that, else over shared memory under ``folder``, else TCP; the
+    fastest round."""
     best = float("inf")
     for _ in range(rounds):
         listen = ["127.0.0.1:0" if folder is None else f"unix:{folder}/{i}" for i in range(receivers + 1)]
-        chain = Chain(layout_of(size), [Place(one) for one in listen], FetchConfig(TOKEN), None)
+        chain = Chain(layout_of(size), [Place(one) for one in listen], FetchConfig(TOKEN, over=over), None)
         found = chain.run(star)
         chain.close()
-        assert all(one.is_right for one in found.values()), found
+        assert all(one.is_right and len(one.attempts) == 1 for one in found.values()), found
         best = min(best, max(one.seconds for one in found.values()))
     return best
 

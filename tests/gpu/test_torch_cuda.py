@@ -23,6 +23,7 @@ from hyperflexis.errors import HyperFlexisError
 from hyperflexis.make_model import Recipe, make_model
 from hyperflexis.policy.catalog import STEPS
 from hyperflexis.transfer.fetch import FetchConfig, Fetcher
+from hyperflexis.transfer.paths import Over
 from hyperflexis.transfer.weights import Shard, WeightServer
 from hyperflexis.transfer_measure import TOKEN, layout_of
 from hyperflexis.wire import Generate, Sampling, pack_ids
@@ -114,15 +115,15 @@ def test_too_little_device_memory_is_told_with_a_remedy(model: Path) -> None:
         load(model, CUDA, None, 1 << 40, 16, 512)
 
 
-def give(listen: str, size: int, ready: Any, over: Any) -> None:
+def give(listen: str, size: int, ready: Any, over: Any, device: str = "cuda", way: Over = "") -> None:
     """A source in another process, its weights on the device."""
     layout = layout_of(size)
-    arena = DeviceArena(layout.size, CUDA, shared=True)
+    arena = DeviceArena(layout.size, torch.device(device), shared=True)
     arena.tensor.random_(0, 256)
     shard = Shard(layout, arena)
     manifest = Manifest(layout, shard.digests())
     shard.publish(manifest)
-    server = WeightServer(listen, shard, "0", 1, TOKEN)
+    server = WeightServer(listen, shard, "0", 1, TOKEN, over=way)
     ready.put((server.address, manifest.digest))
     over.wait()
     server.close()
@@ -142,6 +143,24 @@ def test_weights_get_from_one_process_s_device_memory_into_another_s(tmp_path: P
     over.set()
     process.join(30.0)
     assert (attempt.path, attempt.problem) == ("tcp" if tcp else "device", "")
+    assert shard.manifest is not None and shard.digests() == shard.manifest.blocks
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL connects two devices, and there is one")
+def test_weights_get_from_one_device_to_another_over_nccl() -> None:
+    context = multiprocessing.get_context("spawn")
+    ready, over = context.Queue(), context.Event()
+    size = 64 << 20
+    args = ("127.0.0.1:0", size, ready, over, "cuda:1", "torch")
+    process = context.Process(target=give, args=args, daemon=True)
+    process.start()
+    address, digest = ready.get(timeout=120.0)
+    shard = Shard(layout_of(size), DeviceArena(layout_of(size).size, torch.device("cuda:0")))
+    config = FetchConfig(TOKEN, digest=digest, silence_s=10.0, over="torch")
+    (attempt,) = Fetcher(shard, config).run([WeightSource(address, "0", 1)])
+    over.set()
+    process.join(30.0)
+    assert (attempt.path, attempt.problem) == ("nccl", "")
     assert shard.manifest is not None and shard.digests() == shard.manifest.blocks
 
 

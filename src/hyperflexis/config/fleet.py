@@ -85,6 +85,9 @@ class TorchArgs(Section):
     reserve_kv: bool = True
     """Whether a shell in standby has the memory of its KV cache already. `false`: it takes it when it is woken, which
     makes that longer, and fails where there is none by then; for `instances.standby`."""
+    weights_over: Literal["nixl", "torch"] | None = None
+    """What brings the weights that other instances give, before shared memory and TCP are tried: `nixl`, or
+    `torch` (torch.distributed: NCCL between GPUs, else Gloo). For networks that are the fleet's own."""
 
 
 class EmulatedArgs(Section):

@@ -82,6 +82,10 @@ class WeightLayout:
             for at in range(offset, offset + tensor.size, BLOCK)
         )
 
+    def extent(self, blocks: range) -> tuple[int, int]:
+        """The bytes of some blocks, from the first to the last, with the gaps between their tensors."""
+        return self.blocks[blocks.start].start, self.blocks[blocks.stop - 1].stop
+
     def tensor_at(self, block: int) -> TensorSpec:
         """The tensor that a block is of."""
         return self.tensors[bisect_right(self.offsets, self.blocks[block].start) - 1]
@@ -175,7 +179,7 @@ class Ledger:
         return found
 
 
-Path = Literal["shared memory", "device", "tcp", "disk"]
+Path = Literal["shared memory", "device", "tcp", "nixl", "gloo", "nccl", "hccl", "disk"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import mmap
 import os
 import weakref
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..errors import HyperFlexisError
 
@@ -51,6 +51,9 @@ class Memory(Protocol):
 
     def fill(self, start: int, stop: int, receive: Callable[[memoryview], None]) -> None:
         """Have these bytes written by ``receive``."""
+
+    def as_tensor(self, start: int, stop: int) -> Any:
+        """These bytes where they are, as PyTorch's tensor of uint8, which has to be installed."""
 
     def open(self, descriptor: int | None, handle: bytes) -> Foreign | None:
         """What another one's can be read through; None when this kind of memory cannot. Raises OSError."""
@@ -94,6 +97,10 @@ class Arena:
     def fill(self, start: int, stop: int, receive: Callable[[memoryview], None]) -> None:
         """See Memory; they are received where they are to be."""
         receive(self.view[start:stop])
+
+    def as_tensor(self, start: int, stop: int) -> Any:
+        """See Memory."""
+        return _as_tensor(self.view[start:stop])
 
     def open(self, descriptor: int | None, handle: bytes) -> Mapped | None:
         """See Memory."""
@@ -139,6 +146,10 @@ class Mapped:
         """See Foreign; no copy."""
         return self.view[start:stop]
 
+    def as_tensor(self, start: int, stop: int) -> Any:
+        """See Memory."""
+        return _as_tensor(self.view[start:stop])
+
     def prepare(self, start: int, stop: int) -> None:
         """These bytes are to be read next: have their pages mapped at once, which takes half of the time of a fault for
         each."""
@@ -151,6 +162,12 @@ class Mapped:
 def copy(source: int, target: int, size: int) -> None:
     """Between two addresses, while other threads run: assigning a memoryview would hold them up."""
     ctypes.memmove(target, source, size)
+
+
+def _as_tensor(view: memoryview) -> Any:
+    import torch
+
+    return torch.frombuffer(view, dtype=torch.uint8)
 
 
 def _address(memory: mmap.mmap) -> int:

@@ -1,8 +1,9 @@
 """A target's part of a weight transfer: everything that is missing in a shard, from one source after the other.
 
-Several connections to a source take turns with the chunks, each in a thread. Over TCP bytes are received where they are
-to be; on one host the source's memory is mapped and copied. What came stays: after a broken link, the same or another
-source is asked for the rest. A source is given up when it brought nothing new.
+Several connections to a source take turns with the chunks, each in a thread. Bytes come on one of several ways
+(paths.py): one that was asked for, else through shared memory on one host, else over TCP. What came stays: after a
+broken link, the same or another source is asked for the rest. A way, and a source, is given up when it brought nothing
+new.
 
 While this runs the shard can be given on (weights.py): that is a relay, and a list of them a chain.
 """
@@ -11,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,11 +23,12 @@ import msgspec
 
 from ..core.weights import Attempt, Manifest, Path, WeightSource
 from ..errors import ProtocolError
-from . import auth, tcp
+from . import auth, paths, tcp
 from .arena import Foreign, Mapped, Memory
 from .links import Gone, Refusal
+from .paths import SHARED, Copied, Inward, Over, Received
 from .tcp import SocketChannel
-from .weights import VERSION, Alive, Come, Describe, Described, Fetch, Map, MapAnswer, Shard, encode
+from .weights import VERSION, Alive, Come, Describe, Described, Fetch, Open, Opened, Shard, encode
 
 SILENCE_S = 3.0
 """A source that says nothing for so long is taken for dead: three of its signs of life were due."""
@@ -42,10 +42,10 @@ CHUNK = 16 << 20
 _log = logging.getLogger(__name__)
 
 _DESCRIBED: msgspec.msgpack.Decoder[Described | Gone | Alive] = msgspec.msgpack.Decoder(Described | Gone | Alive)
-_MAPPED: msgspec.msgpack.Decoder[MapAnswer | Gone | Alive] = msgspec.msgpack.Decoder(MapAnswer | Gone | Alive)
+_OPENED: msgspec.msgpack.Decoder[Opened | Gone | Alive] = msgspec.msgpack.Decoder(Opened | Gone | Alive)
 _NEWS: msgspec.msgpack.Decoder[Come | Gone | Alive] = msgspec.msgpack.Decoder(Come | Gone | Alive)
 
-T = TypeVar("T", Described, MapAnswer, Come)
+T = TypeVar("T", Described, Opened, Come)
 M = TypeVar("M", bound=Foreign)
 
 BROKEN = (OSError, ValueError, ProtocolError, Refusal, msgspec.DecodeError)
@@ -55,7 +55,8 @@ BROKEN = (OSError, ValueError, ProtocolError, Refusal, msgspec.DecodeError)
 @dataclass(frozen=True, slots=True)
 class FetchConfig:
     """``chunk_bytes``: what a connection takes at a turn. ``digest``: the only weights that are wanted, "" for any.
-    ``share``: map the memory of a source on this host, rather than having it sent."""
+    ``share``: map the memory of a source on this host, rather than having it sent. ``over``: the way that is tried
+    before these."""
 
     token: str = ""
     digest: str = ""
@@ -64,31 +65,42 @@ class FetchConfig:
     silence_s: float = SILENCE_S
     patience_s: float = PATIENCE_S
     share: bool = True
+    over: Over = ""
 
 
 class Fetcher:
-    """Fills ``shard``. ``run`` once, in a thread; ``cancel`` from any."""
+    """Fills ``shard``. ``run`` once, in a thread; ``cancel`` from any.
+
+    Raises HyperFlexisError when ``config.over`` is not to be had.
+    """
 
     def __init__(self, shard: Shard, config: FetchConfig) -> None:
+        paths.require(config.over)
         self._shard = shard
         self._config = config
         self._lock = threading.Lock()
         self._channels: set[SocketChannel] = set()
         self._cancelled = False
         self._path: Path = "tcp"
+        self._opens = False
 
     def run(self, sources: Sequence[WeightSource]) -> list[Attempt]:
         """Ask one after the other until the shard is complete, or all have failed."""
         attempts: list[Attempt] = []
         for source in sources:
+            over = self._config.over
             while not self._shard.is_complete and not self._cancelled:
-                attempt = self._try(source)
+                self._opens = False
+                attempt = self._try(source, over)
                 attempts.append(attempt)
                 if not attempt.problem:
                     break
                 _log.warning("no weights from instance %s: %s", source.instance, attempt.problem)
-                if not attempt.num_bytes:
+                if attempt.num_bytes:
+                    continue
+                if not (over and self._opens):
                     break
+                over = ""
         return attempts
 
     def attach(self, source: WeightSource) -> Foreign | None:
@@ -96,7 +108,7 @@ class Fetcher:
         is copied and nothing digested. Raises what is in BROKEN."""
         with self._connected(source) as channel:
             self._expect(channel)
-            return _map(channel, source, self._shard.layout.size, self._config, self._own.open)
+            return _map(channel, source, self._config, self._own.open)
 
     def cancel(self) -> None:
         """``run`` ends soon."""
@@ -105,12 +117,12 @@ class Fetcher:
             for channel in self._channels:
                 channel.close()
 
-    def _try(self, source: WeightSource) -> Attempt:
+    def _try(self, source: WeightSource, over: Over) -> Attempt:
         began, before = time.monotonic(), self._shard.bytes_missing()
         problem = ""
         self._path = "shared memory" if _shares(source, self._config) else "tcp"
         try:
-            self._from(source)
+            self._from(source, over)
         except BlockingIOError:
             problem = f"it said nothing for {self._config.silence_s:g} s"
         except BROKEN as error:
@@ -119,34 +131,35 @@ class Fetcher:
             self._path, source.instance, before - self._shard.bytes_missing(), time.monotonic() - began, problem
         )
 
-    def _from(self, source: WeightSource) -> None:
+    def _from(self, source: WeightSource, over: Over) -> None:
         with self._connected(source) as channel:
             writing = self._expect(channel)
-            mapped = _map(channel, source, self._shard.layout.size, self._config, self._own.open)
-            if not isinstance(mapped, Mapped):
-                self._path = "tcp" if mapped is None else "device"
             chunks = list(self._shard.layout.chunks(self._shard.missing(), self._config.chunk_bytes))
             lanes = [chunks[lane :: self._config.sockets] for lane in range(self._config.sockets)]
             problems: list[Exception] = []
             with contextlib.ExitStack() as stack:
                 channels = [channel]
                 channels += [stack.enter_context(self._connected(source)) for lane in lanes[1:] if lane]
+                ways = [stack.enter_context(contextlib.closing(self._way(one, source, over))) for one in channels]
+                self._path = ways[0].path
 
-                def take(channel: SocketChannel, lane: list[range]) -> None:
+                def take(channel: SocketChannel, way: Inward, lane: list[range]) -> None:
                     try:
-                        self._take(channel, lane, mapped)
+                        self._take(channel, way, lane)
                     except BROKEN as error:
-                        problems.append(error)
+                        # Frames hold what the way has of the peer: sockets, and who writes what comes out of them.
+                        error.__cause__ = error.__context__ = None
+                        problems.append(error.with_traceback(None))
                         for other in channels:  # they would go on for long, and then to no end
                             other.close()
 
-                pairs = zip(channels, lanes, strict=False)
-                threads = [threading.Thread(target=partial(take, *pair), name="weights-target") for pair in pairs]
+                turns = zip(channels, ways, lanes, strict=False)
+                threads = [threading.Thread(target=partial(take, *turn), name="weights-target") for turn in turns]
                 for thread in threads:
                     thread.start()
                 for thread in threads:
                     thread.join()
-            confirmed = mapped is None
+            confirmed = not any(way.reads_first for way in ways)
             try:
                 if problems:
                     raise problems[0]
@@ -189,36 +202,30 @@ class Fetcher:
         self._shard.expect(answer.manifest)
         return answer.writing
 
-    def _take(self, channel: SocketChannel, lane: list[range], mapped: Foreign | None) -> None:
+    def _way(self, channel: SocketChannel, source: WeightSource, over: Over) -> Inward:
+        """How bytes come on this connection. Raises Refusal when it is not to be the one that was asked for."""
+        if not over:
+            foreign = _map(channel, source, self._config, self._own.open)
+            return Received(channel, self._own) if foreign is None else Copied(foreign, self._own)
+        self._opens = True
+        self._path = path = paths.path_over(over, self._own)
+        channel.send(encode(Open(path)))
+        answer = _hear(channel, _OPENED, self._config)
+        if answer.problem:
+            raise Refusal(answer.problem)
+        return paths.inward(path, channel, self._own, answer.handle, self._config.silence_s)
+
+    def _take(self, channel: SocketChannel, way: Inward, lane: list[range]) -> None:
         """All chunks of a lane. Raises Refusal when the source has no more."""
-        channel.send(encode(Fetch([(chunk.start, chunk.stop) for chunk in lane], mapped is not None)))
+        channel.send(encode(Fetch([(chunk.start, chunk.stop) for chunk in lane])))
         for chunk in lane:
             at = chunk.start
             while at < chunk.stop:
                 come = _hear(channel, _NEWS, self._config)
                 if come.first != at or not at < come.end <= chunk.stop:
                     raise ProtocolError(f"blocks {come.first} to {come.end} came, not {at} to {chunk.stop}")
-                self._place(channel, range(at, come.end), mapped)
+                way.bring(self._shard, range(at, come.end))
                 at = come.end
-
-    def _place(self, channel: SocketChannel, blocks: range, mapped: Foreign | None) -> None:
-        """Bring blocks to where they are to be, with the gaps between their tensors. Each is looked at while the core
-        has it at hand: a copy leaves its source there, and writes past the caches where it can (arena.py)."""
-        own, where = self._own, self._shard.layout.blocks
-        at = where[blocks.start].start
-        if mapped is None:
-            for block in blocks:
-                own.fill(at, where[block].stop, channel.receive_bytes)
-                self._shard.check(block, own)
-                self._shard.arrived(range(block, block + 1))
-                at = where[block].stop
-            return
-        mapped.prepare(at, where[blocks.stop - 1].stop)
-        for block in blocks:
-            self._shard.check(block, mapped)
-            own.take(mapped, at, where[block].stop)
-            at = where[block].stop
-        self._shard.arrived(blocks)
 
 
 def look(source: WeightSource, config: FetchConfig) -> tuple[Manifest, Mapped | None]:
@@ -234,7 +241,7 @@ def look(source: WeightSource, config: FetchConfig) -> tuple[Manifest, Mapped | 
         def opened(descriptor: int | None, handle: bytes) -> Mapped | None:
             return None if descriptor is None else Mapped(descriptor, size)
 
-        return manifest, _map(channel, source, size, config, opened)
+        return manifest, _map(channel, source, config, opened)
     finally:
         channel.close()
         channel.release()
@@ -267,24 +274,12 @@ def _hear(channel: SocketChannel, decoder: msgspec.msgpack.Decoder[T | Gone | Al
 def _map(
     channel: SocketChannel,
     source: WeightSource,
-    size: int,
     config: FetchConfig,
     opened: Callable[[int | None, bytes], M | None],
 ) -> M | None:
     """The source's memory, as ``opened`` makes it; None when it is elsewhere, not shared or cannot be mapped here."""
     if not _shares(source, config):
         return None
-    channel.send(encode(Map()))
-    answer = _hear(channel, _MAPPED, config)
-    if answer.size != size:
-        return None
-    if answer.handle:
-        return opened(None, answer.handle)
-    data, descriptors, _, _ = socket.recv_fds(channel.sock, 1, 1)
-    try:
-        if not data:
-            raise ConnectionResetError("closed by the peer")
-        return opened(descriptors[0], b"") if descriptors else None
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
+    channel.send(encode(Open(SHARED)))
+    answer = _hear(channel, _OPENED, config)
+    return None if answer.problem else paths.lent(channel, answer.handle, opened)

@@ -97,6 +97,19 @@ class SocketChannel:
         """The same at the other end: fills ``into``, where it is to be in the end. Raises OSError."""
         self._read(into)
 
+    def has_news(self) -> bool:
+        """Whether a ``receive`` has something to begin with: the peer has said something, or it has closed."""
+        try:
+            self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        return True
+
+    @property
+    def own_host(self) -> str:
+        """The address of this host by which the peer reaches it."""
+        return "127.0.0.1" if self.sock.family == socket.AF_UNIX else str(self.sock.getsockname()[0])
+
     def stop_receiving(self) -> None:
         """A ``receive`` under way raises OSError; what is sent still goes out."""
         with contextlib.suppress(OSError):  # the peer may have closed it

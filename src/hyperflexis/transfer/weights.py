@@ -2,14 +2,14 @@
 
     target -> source   Describe                  which weights are they?
     source -> target   Described | Gone          tensors, and the digest of each block
-    target -> source   Map                       on one host: may the memory be mapped?
-    source -> target   MapAnswer                 its descriptor follows | it is not shared
+    target -> source   Open                      may their bytes come on this way, and not over TCP?
+    source -> target   Opened                    by this handle | it may not, because
     target -> source   Fetch                     these blocks, in this order
-    source -> target   Come, Come, ...           some of them are here: their bytes follow, or are to be copied
+    source -> target   Come, Come, ...           some of them are here: their bytes come now, on the way that is open
     source -> target   Alive                     nothing has come here for a second
 
 All that on a connection that has been let in (auth.py), as often as wanted; a target opens several. A source does not
-tell targets apart from each other, nor whether they pass on what they get: a chain is a list of them.
+tell targets apart from each other, nor whether they pass on what they get: a chain is a list of them. Ways: paths.py.
 
 **Integrity.** The digests of all blocks are in the manifest, which the first source made of weights that it serves
 with. Each target digests each block once, right after it came over TCP, or in the source's memory right before it is
@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -40,10 +39,11 @@ from .auth import Hello, let_in
 from .links import Gone, Refusal
 from .listener import Listener
 from .pace import TokenBucket
+from .paths import Outward, Over, Sent, outward, require
 from .tcp import MAX_HEADER, SocketChannel
 from .transport import PEER_LIMIT_S
 
-VERSION = 2
+VERSION = 3
 ALIVE_S = 1.0
 PIECE = 4 << 20
 """Bytes that leave at once: the next in a chain has them after so many, whatever the size of a chunk; what a piece
@@ -59,8 +59,10 @@ class Describe(msgspec.Struct, frozen=True, tag=True):
     """Which weights are they?"""
 
 
-class Map(msgspec.Struct, frozen=True, tag=True):
-    """May the memory be mapped?"""
+class Open(msgspec.Struct, frozen=True, tag=True):
+    """May what is fetched on this connection come on this way?"""
+
+    path: str
 
 
 class Described(msgspec.Struct, frozen=True, tag=True):
@@ -72,17 +74,16 @@ class Described(msgspec.Struct, frozen=True, tag=True):
 
 
 class Fetch(msgspec.Struct, frozen=True, tag=True):
-    """Blocks that are wanted: (first, one past the last), in this order. ``mapped``: their bytes need not be sent."""
+    """Blocks that are wanted: (first, one past the last), in this order."""
 
     spans: list[tuple[int, int]]
-    mapped: bool
 
 
-class MapAnswer(msgspec.Struct, frozen=True, tag=True):
-    """With ``size`` a file descriptor comes next, or a device's memory opens by ``handle``. 0: it is not shared."""
+class Opened(msgspec.Struct, frozen=True, tag=True):
+    """It may, and ``handle`` is what the way needs; or there is a ``problem``, and it comes over TCP."""
 
-    size: int
     handle: bytes = b""
+    problem: str = ""
 
 
 class Come(msgspec.Struct, frozen=True, tag=True):
@@ -96,7 +97,7 @@ class Alive(msgspec.Struct, frozen=True, tag=True):
     """There is nothing to send now."""
 
 
-_ASKED: msgspec.msgpack.Decoder[Describe | Map | Fetch] = msgspec.msgpack.Decoder(Describe | Map | Fetch)
+_ASKED: msgspec.msgpack.Decoder[Describe | Open | Fetch] = msgspec.msgpack.Decoder(Describe | Open | Fetch)
 encode = msgspec.msgpack.encode
 _ALIVE = encode(Alive())
 
@@ -166,6 +167,13 @@ class Shard:
                 "another"
             )
 
+    def came(self, blocks: range) -> None:
+        """Blocks are in their place, and are to be checked there. Raises ProtocolError, at the first that is not as it
+        should be."""
+        for block in blocks:
+            self.check(block, self.arena)
+            self.arrived(range(block, block + 1))
+
     def arrived(self, blocks: range) -> None:
         """Blocks that were checked are in their place."""
         with self._changed:
@@ -230,19 +238,30 @@ class Shard:
 
 
 class WeightServer:
-    """Gives a shard to the fleet's instances at ``address``, as fast as ``bucket`` lets all of them together.
+    """Gives a shard to the fleet's instances at ``address``, as fast as ``bucket`` lets all of them together, and
+    ``over`` NIXL or PyTorch too, to those that ask for it.
 
-    Raises OSError when the address is taken, and ValueError when it is none.
+    Raises OSError when the address is taken, ValueError when it is none, and HyperFlexisError when ``over`` is not to
+    be had.
     """
 
     def __init__(
-        self, address: str, shard: Shard, instance: str, epoch: int, token: str, bucket: TokenBucket | None = None
+        self,
+        address: str,
+        shard: Shard,
+        instance: str,
+        epoch: int,
+        token: str,
+        bucket: TokenBucket | None = None,
+        over: Over = "",
     ) -> None:
+        require(over)
         self.bucket = bucket or TokenBucket()
         self._shard = shard
         self._instance = instance
         self._epoch = epoch
         self._token = token
+        self._over: Over = over
         self._listener = Listener(address, self._serve, MAX_CONNECTIONS, "weights-source")
         self.address = self._listener.address
 
@@ -263,8 +282,7 @@ class WeightServer:
             finally:
                 limit.cancel()
             channel.max_header = MAX_HEADER
-            while True:
-                self._answer(channel, channel.receive(lambda frame: _ASKED.decode(frame.header)))
+            self._answer(channel)
         except Refusal as refusal:
             with contextlib.suppress(OSError):
                 channel.send(encode(Gone(str(refusal))))
@@ -283,27 +301,30 @@ class WeightServer:
             return f"this is rank {layout.rank} of {layout.ranks}, not {hello.rank} of {hello.ranks}"
         return ""
 
-    def _answer(self, channel: SocketChannel, asked: Describe | Map | Fetch) -> None:
-        match asked:
-            case Describe():
-                channel.send(encode(self._shard.wait(Shard.described, partial(channel.send, _ALIVE))))
-            case Map():
-                self._pass_memory(channel)
-            case Fetch(spans, mapped):
-                for first, end in spans:
-                    self._give(channel, first, end, mapped)
+    def _answer(self, channel: SocketChannel) -> None:
+        way: Outward = Sent(channel, self._shard.arena)
+        try:
+            while True:
+                match channel.receive(lambda frame: _ASKED.decode(frame.header)):
+                    case Describe():
+                        channel.send(encode(self._shard.wait(Shard.described, partial(channel.send, _ALIVE))))
+                    case Open(path):
+                        try:
+                            opened = outward(path, channel, self._shard.arena, self._over)
+                        except (Refusal, OSError) as problem:
+                            channel.send(encode(Opened(problem=str(problem))))
+                            continue
+                        way.close()
+                        way = opened
+                        channel.send(encode(Opened(way.handle)))
+                        way.begin()
+                    case Fetch(spans):
+                        for first, end in spans:
+                            self._give(channel, first, end, way)
+        finally:
+            way.close()
 
-    def _pass_memory(self, channel: SocketChannel) -> None:
-        arena = self._shard.arena
-        is_here = channel.sock.family == socket.AF_UNIX
-        handle = arena.handle() if is_here else b""
-        shares = is_here and arena.descriptor is not None
-        channel.send(encode(MapAnswer(arena.size if shares or handle else 0, handle)))
-        if shares:
-            assert arena.descriptor is not None
-            socket.send_fds(channel.sock, [b"\0"], [arena.descriptor])
-
-    def _give(self, channel: SocketChannel, first: int, end: int, mapped: bool) -> None:
+    def _give(self, channel: SocketChannel, first: int, end: int, way: Outward) -> None:
         """Some blocks, as they come. Raises ProtocolError when there are no such blocks."""
         blocks = self._shard.layout.blocks
         if not 0 <= first < end <= len(blocks):
@@ -311,12 +332,11 @@ class WeightServer:
         while first < end:
             found = self._shard.wait(partial(Shard.run_from, block=first, end=end), partial(channel.send, _ALIVE))
             for piece in self._shard.layout.chunks([range(first, found)], self.bucket.at_once(PIECE)):
-                start, stop = blocks[piece.start].start, blocks[piece.stop - 1].stop
+                start, stop = self._shard.layout.extent(piece)
                 self.bucket.take(stop - start)
                 began = time.monotonic()
                 channel.send(encode(Come(piece.start, piece.stop)))
-                if not mapped:
-                    channel.send_bytes(self._shard.arena.read(start, stop))
+                way.give(start, stop)
                 least_s = (stop - start) / COPY_BYTES_PER_S
                 self.bucket.worked(max(time.monotonic() - began, least_s))
             first = found

@@ -126,6 +126,21 @@ def test_a_checkpoint_comes_whether_or_not_its_files_are_here(
     assert (attempt.path, attempt.source, attempt.problem) == (path, address, "") and attempt.num_bytes > 4_000_000
 
 
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_it_comes_and_goes_over_what_both_ends_are_set_to(tmp_path: Path, sources: Sources, kind: str) -> None:
+    pytest.importorskip("torch", reason="PyTorch moves it here")
+    mine = model(tmp_path)
+    source = mine.read(shared=True)
+    mapped, _ = take(mine, Settings((sources.give(source, "unix"),)), TOKEN)
+    assert mapped is not None and isinstance(mapped.arena, Mapped)
+    address = "127.0.0.1:0" if kind == "tcp" else f"unix:{tmp_path}/over"
+    server = WeightServer(address, mapped, NAME, EPOCH, TOKEN, over="torch")
+    shard, attempts = take(mine, Settings((server.address,), weights_over="torch"), TOKEN)
+    server.close()
+    assert [(one.path, one.problem) for one in attempts] == [("gloo", "")]
+    assert shard is not None and content(shard) == content(source)
+
+
 def test_what_was_mapped_is_given_on_when_its_source_has_ended(tmp_path: Path, sources: Sources) -> None:
     mine = model(tmp_path)
     first = mine.read(shared=True)

@@ -15,6 +15,7 @@ from hyperflexis.transfer import tcp
 from hyperflexis.transfer.arena import Arena
 from hyperflexis.transfer.fetch import FetchConfig, Fetcher
 from hyperflexis.transfer.pace import TokenBucket
+from hyperflexis.transfer.paths import Over
 from hyperflexis.transfer.weights import Shard, WeightServer
 
 TOKEN = "the fleet's word"
@@ -48,9 +49,14 @@ def content(shard: Shard) -> list[bytes]:
 
 @contextmanager
 def served(
-    shard: Shard, address: str, name: str = "source", token: str = TOKEN, bucket: TokenBucket | None = None
+    shard: Shard,
+    address: str,
+    name: str = "source",
+    token: str = TOKEN,
+    bucket: TokenBucket | None = None,
+    over: Over = "",
 ) -> Iterator[WeightSource]:
-    server = WeightServer(address, shard, name, 1, token, bucket)
+    server = WeightServer(address, shard, name, 1, token, bucket, over)
     try:
         yield WeightSource(server.address, name, 1)
     finally:

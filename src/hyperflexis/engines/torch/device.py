@@ -90,6 +90,10 @@ class DeviceArena:
         receive(staging.numpy().data)
         self._write(start, staging)
 
+    def as_tensor(self, start: int, stop: int) -> torch.Tensor:
+        """See Memory."""
+        return self.tensor[start:stop]
+
     def open(self, descriptor: int | None, handle: bytes) -> Foreign | None:
         """See Memory: another device's, or the host's."""
         if descriptor is not None:

@@ -28,6 +28,7 @@ from ...core.weights import LoadWeights
 from ...errors import HyperFlexisError, ProtocolError
 from ...policy.catalog import StepFunctions
 from ...sequences import Sequence
+from ...transfer.paths import Over
 from ...transfer.tcp import is_local
 from ...wire import Generate
 from ..base import STANDBY, Emission, Ending, EngineInfo, EngineReport, Linked, Loaded, PhaseOver, Sink
@@ -56,7 +57,8 @@ class TorchConfig:
     for the model's own. ``device_kind``: its name in profiles, None for the device's own. ``kv_listen``: address
     (``unix:PATH`` or HOST:PORT) at which other instances get the KV of requests from here, None for nowhere;
     ``kv_token``: the word that they share. ``weights_listen``: the same for its weights. ``reserve_kv``: whether a
-    standby has the memory of its KV cache already; else it takes it when it loads.
+    standby has the memory of its KV cache already; else it takes it when it loads. ``weights_over``: how weights come
+    and go before shared memory and TCP are tried (``nixl``, ``torch``), None for no such way.
     """
 
     model: str
@@ -75,6 +77,7 @@ class TorchConfig:
     kv_token: str = ""
     weights_listen: str | None = None
     reserve_kv: bool = True
+    weights_over: Over | None = None
 
 
 class TorchEngine:
@@ -109,7 +112,7 @@ class TorchEngine:
         self._standby = standby
         config = self._config
         loop = asyncio.get_running_loop()
-        fleet = Fleet(config.weights_listen, config.kv_token, instance, epoch)
+        fleet = Fleet(config.weights_listen, config.kv_token, instance, epoch, config.weights_over or "")
 
         def over(phase: StartPhase, seconds: float) -> None:
             if phase_over is not None:

@@ -21,6 +21,7 @@ from ...core.weights import Attempt, LoadWeights, Phase
 from ...errors import HyperFlexisError
 from ...transfer.fetch import FetchConfig, Fetcher
 from ...transfer.pace import TokenBucket
+from ...transfer.paths import Over, require
 from ...transfer.weights import WeightServer
 from ..base import Loaded
 from .loader import Shell
@@ -34,19 +35,22 @@ BESIDE_TIGHT, SPARE = 0.02, 1.5
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """Who this instance is to others, and the fleet's word. ``listen``: where it gives its weights, None: nowhere."""
+    """Who this instance is to others, and the fleet's word. ``listen``: where it gives its weights, None: nowhere.
+    ``over``: the way on which they come and go before others."""
 
     listen: str | None
     token: str
     instance: str
     epoch: int
+    over: Over = ""
 
 
 class ShellWeights:
     """Fills one shell and gives its weights away. What does not say otherwise is for the model's thread."""
 
     def __init__(self, shell: Shell, fleet: Fleet) -> None:
-        """Raises HyperFlexisError when nobody can be given weights there."""
+        """Raises HyperFlexisError when nobody can be given weights there, or not on that way."""
+        require(fleet.over)
         self._shell = shell
         self._fleet = fleet
         self._phases: list[Phase] = []
@@ -59,7 +63,7 @@ class ShellWeights:
             return
         try:
             self._server = WeightServer(
-                fleet.listen, shell.shard, fleet.instance, fleet.epoch, fleet.token, self._bucket
+                fleet.listen, shell.shard, fleet.instance, fleet.epoch, fleet.token, self._bucket, fleet.over
             )
         except (OSError, ValueError) as error:
             raise HyperFlexisError(f"weights cannot be given at {fleet.listen}: {error}") from error
@@ -124,7 +128,7 @@ class ShellWeights:
 
     def _from_others(self, order: LoadWeights) -> list[Attempt]:
         shard = self._shell.shard
-        config = FetchConfig(self._fleet.token, order.digest, order.chunk_bytes)
+        config = FetchConfig(self._fleet.token, order.digest, order.chunk_bytes, over=self._fleet.over)
         self._fetcher = Fetcher(shard, config)
         with self._phase("transfer"):
             attempts = self._fetcher.run(order.sources)

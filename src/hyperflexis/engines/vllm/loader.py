@@ -30,6 +30,7 @@ from ... import __version__
 from ...errors import HyperFlexisError
 from ...transfer.arena import Mapped
 from ...transfer.auth import TOKEN_VARIABLE
+from ...transfer.paths import require
 from ...transfer.weights import Shard, WeightServer
 from .weights import EPOCH, LOAD_FORMAT, NAME, Model, Settings, configuration, take
 
@@ -78,6 +79,7 @@ class Loader(DefaultModelLoader):  # type: ignore[misc]
         self._token = os.environ.get(TOKEN_VARIABLE, "")
         try:
             self._settings = Settings.parse(load_config.model_loader_extra_config, self._token)
+            require(self._settings.weights_over)
         except HyperFlexisError as error:
             raise ValueError(str(error)) from error
         self._main: Any = None
@@ -163,7 +165,8 @@ class Loader(DefaultModelLoader):  # type: ignore[misc]
     def _give(self, path: str, shard: Shard) -> None:
         assert self._settings.listen is not None and shard.manifest is not None
         try:
-            server = WeightServer(self._settings.listen, shard, NAME, EPOCH, self._token)
+            over = self._settings.weights_over
+            server = WeightServer(self._settings.listen, shard, NAME, EPOCH, self._token, over=over)
         except (OSError, ValueError) as error:
             _log.warning("no weights are given at %s: %s", self._settings.listen, error)
             return

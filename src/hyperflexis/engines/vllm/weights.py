@@ -35,6 +35,7 @@ from ...transfer import tcp
 from ...transfer.arena import Arena
 from ...transfer.auth import TOKEN_VARIABLE
 from ...transfer.fetch import BROKEN, FetchConfig, Fetcher, look
+from ...transfer.paths import Over
 from ...transfer.weights import Shard
 from .. import safetensors
 from ..safetensors import DTYPE_BYTES, Stored
@@ -54,11 +55,13 @@ _VOLATILE = ("transformers_version", "_name_or_path")
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``sources``: addresses, asked in this order. ``listen``: where others get the checkpoint; None: nowhere, and it
-    is not kept. ``digest``: the only checkpoint that is taken; empty: any that passes."""
+    is not kept. ``digest``: the only checkpoint that is taken; empty: any that passes. ``weights_over``: how it comes
+    and goes before shared memory and TCP are tried."""
 
     sources: tuple[str, ...] = ()
     listen: str | None = None
     digest: str = ""
+    weights_over: Over = ""
 
     @classmethod
     def parse(cls, given: Mapping[str, Any], token: str) -> Settings:
@@ -68,7 +71,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         except msgspec.ValidationError as error:
             raise HyperFlexisError(
                 f'{FLAG}: {error}; write {{"sources": ["HOST:PORT" or "unix:PATH", ...], "listen": ADDRESS, '
-                '"digest": DIGEST}, each of them optional'
+                '"digest": DIGEST, "weights_over": "nixl" or "torch"}, each of them optional'
             ) from error
         for name, address in [("listen", found.listen), *(("sources", one) for one in found.sources)]:
             if address is not None and not re.fullmatch(r"unix:.+|.+:\d{1,5}", address):
@@ -163,7 +166,7 @@ def take(model: Model, settings: Settings, token: str) -> tuple[Shard | None, li
         path: Way = "shared memory" if tcp.is_local(address) else "tcp"
         began = time.monotonic()
         try:
-            manifest, mapped = look(source, FetchConfig(token))
+            manifest, mapped = look(source, FetchConfig(token, share=not settings.weights_over))
             problem = _unwanted(manifest, settings.digest) or model.objection(manifest)
             if not problem and mapped is not None:
                 borrowed = Shard(manifest.layout, mapped)
@@ -182,7 +185,7 @@ def take(model: Model, settings: Settings, token: str) -> tuple[Shard | None, li
             attempts.append(Attempt(path, address, 0, time.monotonic() - began, problem))
             continue
         # What is not there yet, or was damaged, shows here, with its name.
-        tried = Fetcher(shard, FetchConfig(token, manifest.digest)).run([source])
+        tried = Fetcher(shard, FetchConfig(token, manifest.digest, over=settings.weights_over)).run([source])
         attempts += [replace(one, source=address) for one in tried]
         if shard.is_complete:
             return shard, attempts

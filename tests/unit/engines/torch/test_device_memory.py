@@ -43,6 +43,14 @@ def test_weights_move_between_host_and_device(kind: str, way: str, tmp_path: Pat
     assert target.is_complete and target.digests() == source.digests()
 
 
+def test_they_go_from_tensor_to_tensor_by_torch_distributed() -> None:
+    source, target = full_device(), on_device()
+    with served(source, "127.0.0.1:0", over="torch") as at:
+        (attempt,) = fetched(target, at, over="torch")
+    assert (attempt.path, attempt.problem) == ("gloo", "")
+    assert target.is_complete and target.digests() == source.digests()
+
+
 def test_a_damaged_byte_on_the_device_is_found() -> None:
     source, target = full_device(), on_device()
     assert isinstance(source.arena, DeviceArena)

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,24 @@ async def test_a_standby_serves_what_its_source_does(
             async with engine(other_weights, None, "c", standby=True) as last:
                 assert not (await load(last, where(shell, "b"), digest=digest)).problem
                 assert await tokens(last) == await tokens(source)
+
+
+async def test_it_gets_and_gives_them_over_what_both_are_set_to(small_model: Path, other_weights: Path) -> None:
+    async with (
+        engine(small_model, "127.0.0.1:0", "a", weights_over="torch") as source,
+        engine(other_weights, None, "b", standby=True, weights_over="torch") as shell,
+        engine(other_weights, None, "c", standby=True) as other,
+    ):
+        assert [one.path for one in (await load(shell, where(source, "a"))).attempts] == ["gloo"]
+        assert [one.path for one in (await load(other, where(source, "a"))).attempts] == ["tcp"]
+        assert await tokens(shell) == await tokens(other) == await tokens(source)
+
+
+@pytest.mark.skipif(find_spec("nixl") is not None, reason="NIXL is installed in this environment")
+async def test_a_way_that_is_not_installed_is_told_with_the_remedy(small_model: Path) -> None:
+    with pytest.raises(HyperFlexisError, match=r"come over NIXL, and it does not load: .*; pip install nixl, or leave"):
+        async with engine(small_model, None, standby=True, weights_over="nixl"):
+            pass
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
