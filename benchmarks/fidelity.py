@@ -32,6 +32,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -70,6 +71,7 @@ Q90_SIGMAS = 1.2816
 WARM_UPS = (0.5, 1.0, 1.0)
 """Shares of the load in the warm-ups, each of the capacity that the one before has found: the more load, the more of
 the cores go to what is beside the engines."""
+IN_FLIGHT = 16
 FLUSH_S = 2.5
 """After this long all that happened is in the journal's file."""
 
@@ -77,13 +79,15 @@ FLUSH_S = 2.5
 @dataclass(frozen=True)
 class Case:
     """``profile`` and ``model`` are made in a work folder. ``target``: largest error wanted, as a share. With
-    ``warm_up_s`` the device is also fitted, to what the instances report after warm-ups of so many seconds."""
+    ``warm_up_s`` the device is also fitted, to what the instances report after warm-ups of so many seconds; with
+    ``saturation_s`` the load is a share of what the fleet carries in so many seconds, whatever devices say."""
 
     workload: str
     profile: Callable[[Path], Profile]
     model: Callable[[Path], dict[str, object]]
     target: float
     warm_up_s: float = 0.0
+    saturation_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -188,8 +192,13 @@ def drive(case: Case, folder: Path, profile: Profile, args: argparse.Namespace) 
             await load(arrivals, case.warm_up_s, seed, stop)
             fits = [report.latency for report in read_run(journal).reports]
             devices["fitted"] = replace(profile, coefficients=mean_of(fits), table=None)
-        before = read_run(journal)
         main = at_load(workload, list(devices.values())[-1], args.load)
+        if case.saturation_s:
+            carried = await carried_rps(target, workload, args.seed + 3 + len(WARM_UPS), case.saturation_s)
+            print(f"{carried:.2f} requests/s are carried with {INSTANCES * IN_FLIGHT} in flight", flush=True)
+            main = scaled(workload, args.load * carried / rate_of(workload))
+            await asyncio.sleep(FLUSH_S)
+        before = read_run(journal)
         main = replace(main, duration_s=1.05 * args.requests / rate_of(main))
         arrivals = generate(main, args.seed)
         wall, all_s, own_s = time.monotonic(), busy_cpu_s(), tree_cpu_s()
@@ -202,6 +211,25 @@ def drive(case: Case, folder: Path, profile: Profile, args: argparse.Namespace) 
         return run_async(go)
     finally:
         fleet.stop()
+
+
+async def carried_rps(target: Target, workload: Workload, seed: int, seconds: float) -> float:
+    """Requests that the fleet ends in a second while IN_FLIGHT an instance are under way."""
+    coming = enumerate(cycle(generate(workload, seed)))
+    until = time.monotonic() + seconds
+    ended = 0
+    async with Client(target, seed) as client:
+
+        async def one_after_the_other() -> None:
+            nonlocal ended
+            while time.monotonic() < until:
+                number, arrival = next(coming)
+                arrival = replace(arrival, slo_class=PROBE, slo=Slo())
+                await client.send(arrival, -1 - PROBES - number, time.monotonic())
+                ended += time.monotonic() < until
+
+        await asyncio.gather(*(one_after_the_other() for _ in range(INSTANCES * IN_FLIGHT)))
+    return ended / seconds
 
 
 def busy_cpu_s() -> float:

@@ -5,7 +5,8 @@
 
 As benchmarks/fidelity.py, which says what is compared, with two stock vLLM servers of one thread each behind
 `hyperflexis serve`. Simulated are two devices: that of the profile which `hyperflexis calibrate --engine vllm` makes of
-these servers, of both at once as they will run, and *fitted*, what the adapters' online fits say after warm-ups.
+these servers, of both at once as they will run, and *fitted*, what the adapters' online fits say after warm-ups. The
+load is a share of what the servers carry, which is measured.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ SIZE = "20m"
 MAX_BATCH, MAX_BATCH_TOKENS, CONTEXT = 32, 512, 1024
 TARGET = 0.15
 WARM_UP_S = 12.0
+SATURATION_S = 20.0
 
 
 class Servers:
@@ -82,7 +84,9 @@ class Servers:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=300)
-    parser.add_argument("--load", type=float, default=0.7, help="arrival rate over capacity (default: %(default)s)")
+    parser.add_argument(
+        "--load", type=float, default=0.7, help="arrival rate over what is carried (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--python", default=sys.executable, help="that has vLLM, if this one has not")
     parser.add_argument("--out", type=Path, default=RESULTS / "vllm_fidelity.json")
@@ -90,7 +94,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="vllm-fidelity-") as temporary:
         servers = Servers(Path(temporary), args.python)
         try:
-            case = Case("fidelity-torch.yaml", servers.profile, servers.entry, TARGET, WARM_UP_S)
+            case = Case("fidelity-torch.yaml", servers.profile, servers.entry, TARGET, WARM_UP_S, SATURATION_S)
             found = compare(case, Path(temporary), args)
         finally:
             servers.stop()

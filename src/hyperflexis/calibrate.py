@@ -29,6 +29,7 @@ from .calibrate_fit import (
     knots_of,
     left_out,
     mape,
+    numerics,
 )
 from .calibrate_sizes import MEMORY_GB, MEMORY_SHARE, MODELS, RESERVE_BYTES, find_shape
 from .calibrate_sizes import kv_bytes_per_token as kv_bytes_of
@@ -122,6 +123,7 @@ def main(args: argparse.Namespace) -> int:
         raise HyperFlexisError(
             "give either FILE.csv with measurements, or --engine torch --model DIR, or --engine vllm --url URL"
         )
+    numerics()  # better known to be missing before minutes of measuring than after
     match args.engine:
         case None:
             samples, stated = _from_file(args)

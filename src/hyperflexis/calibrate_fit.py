@@ -100,7 +100,7 @@ def fit(samples: Sequence[Sample], knots: Sequence[float] = ()) -> Coefficients:
 
 
 def _fit(samples: Sequence[Sample], knots: Sequence[float]) -> Coefficients:
-    numpy, optimize = _numerics()
+    numpy, optimize = numerics()
     weights = _weights(samples)
     target = numpy.array([s.seconds for s in samples]) * weights
     bound_by_tokens = [s.prefill_tokens > 0 for s in samples]
@@ -209,7 +209,7 @@ def _corrected(
     placed: Sequence[tuple[Sample, tuple[float, ...]]], predict: Predict, axes: Sequence[Axis], seconds: Any
 ) -> Any:
     """Nested tuples as ``seconds``, corrected so that the interpolation follows the samples at their places."""
-    numpy, _ = _numerics()
+    numpy, _ = numerics()
     base = numpy.array(seconds)
     size = base.size
     samples = [s for s, _ in placed]
@@ -323,12 +323,13 @@ def _means(errors: Sequence[tuple[str, float]]) -> Errors:
 
 def _weights(samples: Sequence[Sample]) -> Any:
     """One over seconds, so that errors are relative, and so that each regime weighs 1 in all."""
-    numpy, _ = _numerics()
+    numpy, _ = numerics()
     counts = Counter(s.regime for s in samples)
     return numpy.array([1.0 / (s.seconds * counts[s.regime] ** 0.5) for s in samples])
 
 
-def _numerics() -> tuple[Any, Any]:
+def numerics() -> tuple[Any, Any]:
+    """numpy and scipy.optimize. Raises HyperFlexisError when they are not installed."""
     try:
         import numpy
         import scipy.optimize

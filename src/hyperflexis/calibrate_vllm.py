@@ -31,6 +31,8 @@ from .wire import Generate, Sampling, pack_ids
 
 GAPS = 24
 """Of one stream, for a decode's time."""
+MOST_TOKENS = 40 * GAPS
+"""Of a stream that is cancelled when it has been timed: enough that none ends before, however late the client is."""
 LIMIT_S = 300.0
 """A server that gives no token for so long is broken."""
 IDS = range(100, 900)
@@ -119,9 +121,9 @@ async def measure(engine: Engine, rounds: int, progress: Callable[[int], None], 
         overheads = []
         for done in range(rounds + 1):
             one_token_s = await _prefill_s(client, 1)
-            decode_s = await _decode_s(client, Shape(0, 1, 16))
+            decode_s = await _decode_s(client, Shape(0, 1, 16), info.context_length)
             for shape in wanted:
-                taken_s = await _taken_s(client, shape)
+                taken_s = await _taken_s(client, shape, info.context_length)
                 if done:  # the first of a shape may take what others do not
                     seconds[shape].append(taken_s)
             if done:
@@ -155,10 +157,10 @@ def shapes(max_batch: int, max_batch_tokens: int, context_length: int, kv_tokens
     ]
 
 
-async def _taken_s(client: _Client, shape: Shape) -> float:
+async def _taken_s(client: _Client, shape: Shape, context_length: int) -> float:
     if not shape.decodes:
         return await _prefill_s(client, shape.prefill)
-    return await _decode_s(client, shape)
+    return await _decode_s(client, shape, context_length)
 
 
 async def _prefill_s(client: _Client, tokens: int) -> float:
@@ -168,9 +170,10 @@ async def _prefill_s(client: _Client, tokens: int) -> float:
     return stream.at[0] - began
 
 
-async def _decode_s(client: _Client, shape: Shape) -> float:
+async def _decode_s(client: _Client, shape: Shape, context_length: int) -> float:
     """An iteration of ``shape.decodes`` that run together, or one with a prompt beside them."""
-    sent = [client.send(shape.context, 4 * GAPS + 4 * shape.decodes) for _ in range(shape.decodes)]
+    tokens = min(MOST_TOKENS, context_length - shape.context)
+    sent = [client.send(shape.context, tokens) for _ in range(shape.decodes)]
     streams = [stream for _, stream in sent]
     for stream in streams:
         await stream.has(2)
