@@ -138,7 +138,8 @@ SCENARIOS: dict[str, Scenario] = {
 MIXED = ("ascend-azure", "ascend-poisson", "h100-azure", "h100-poisson")
 BURSTY = ("ascend-azure", "h100-azure")
 FAST = ("ascend-azure-fast", "h100-azure-fast")
-SPLIT = ("split-conversation", "split-code", "split-shift", "mooncake", "ascend-azure")
+SPLIT = ("split-conversation", "split-code", "mooncake", "ascend-azure")
+TURNS = ("split-shift",)
 ABLATED = (*BURSTY, "torch")
 WITHOUT_TRACES = ("ascend-synthetic",)
 
