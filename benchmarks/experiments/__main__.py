@@ -53,6 +53,11 @@ EXPERIMENTS: dict[str, Experiment] = {
     "e6": Experiment(prefixes.tasks, prefixes.result, prefixes.markdown),
     "e7": Experiment(parts.tasks, parts.result, parts.markdown),
     "e8": Experiment(split.tasks, split.result, split.markdown),
+    "e9": Experiment(
+        lambda plan: split.tasks(split.turning(plan)),
+        lambda plan, rows: split.result(split.turning(plan), rows),
+        lambda plan, found: split.markdown(plan, found, split.TURNS_PICTURE),
+    ),
 }
 TUNING = Experiment(tune.tasks, tune.result, tune.markdown)
 
@@ -71,6 +76,7 @@ QUICK = Plan(
     prefix_loads=(0.7,),
     ablation_loads=(1.2,),
     split_loads=(0.9, 1.3),
+    turns_loads=(1.3,),
     split_chunks=(4096,),
     tuning_seeds=(101,),
     tuning_s=5.0,
@@ -111,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
     names = chosen(args.only)
     if args.jobs < 1:
         raise ConfigError(f"--jobs {args.jobs} must be at least 1")
-    if {"e2", "e8"} & set(names):
+    if {"e2", "e8", "e9"} & set(names):
         plot.require()  # better known before hours of runs than after
     windows = Windows(find_traces(args.traces) if args.traces else {})
     plan = make_plan(QUICK if args.quick else FULL, windows)
@@ -143,8 +149,9 @@ def run(args: argparse.Namespace) -> None:
         rows |= measured(tune.tasks(plan))
         plan = replace(plan, choices=tune.choose(tune.scores(plan, rows)))
         stages["tuning"] = TUNING
-    if "e8" in names:
-        plan = replace(plan, splits=split.choose(plan, measured(split.tuning(plan))))
+    for name, narrowed in (("e8", plan), ("e9", split.turning(plan))):
+        if name in names:
+            plan = replace(plan, splits={**plan.splits, **split.choose(narrowed, measured(split.tuning(narrowed)))})
     stages |= {name: EXPERIMENTS[name] for name in names}
     rows |= measured([task for name in names for task in EXPERIMENTS[name].tasks(plan)])
     sections = {"setting": setting(plan, windows)}
@@ -159,6 +166,8 @@ def run(args: argparse.Namespace) -> None:
             picture.draw(goodput.panels(plan, found), places.docs / goodput.PICTURE)
         if name == "e8":
             picture.draw(split.panels(plan, found), places.docs / split.PICTURE, lowest=40.0)
+        if name == "e9":
+            picture.draw(split.panels(plan, found), places.docs / split.TURNS_PICTURE, lowest=40.0)
     reached = targets.markdown(places.results, {name: plan.title(name) for name in plan.scenarios})
     write_page(ROOT / "docs" / "experiments.md", places, sections, {"targets": reached}, fresh=not tracked)
     print(f"written: {places.docs / 'experiments.md'}, {places.results}")
@@ -184,11 +193,13 @@ def make_plan(plan: Plan, windows: Windows) -> Plan:
             bursty=WITHOUT_TRACES,
             ablated=(*WITHOUT_TRACES, *(name for name in plan.ablated if not csv_names(SCENARIOS[name].workload))),
             split=WITHOUT_TRACES,
+            turns=(),
             fast=(),
             prefixes=(),
             stress=False,
         )
-    return replace(plan, yardsticks={name: windows.yardstick(name) for name in (*plan.scenarios, *plan.split)})
+    named = (*plan.scenarios, *plan.split, *plan.turns)
+    return replace(plan, yardsticks={name: windows.yardstick(name) for name in named})
 
 
 def playable(names: Sequence[str], plan: Plan) -> list[str]:
@@ -197,6 +208,7 @@ def playable(names: Sequence[str], plan: Plan) -> list[str]:
     if tuple(plan.scenarios) == WITHOUT_TRACES:
         print("no --traces: only the fitted distributions of mixed-synthetic.yaml are played, without shift and abuse")
         missing["e6"] = "prompts that share prefixes come with --traces"
+        missing["e9"] = "the mix that turns comes with --traces"
     elif plan.prefix_blind is None:
         missing["e6"] = f"{parts.PREFIX_BLIND} is not there"
     for name in names:

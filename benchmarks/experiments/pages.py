@@ -15,7 +15,7 @@ from .measure import Row, Task
 from .plan import Plan
 from .tables import replaced
 
-SECTIONS = ("targets", "setting", "tuning", "e1", "e2", "e3", "e4", "e5", "e6", "e7", "e8")
+SECTIONS = ("targets", "setting", "tuning", "e1", "e2", "e3", "e4", "e5", "e6", "e7", "e8", "e9")
 UNMEASURED = "*Not measured in this run.*"
 DIGITS = 6
 """Significant digits of raw results."""

@@ -29,7 +29,8 @@ def draw(panels: Sequence[Panel], path: Path, lowest: float = 0.0) -> None:
     """Write a picture whose axis begins at ``lowest`` percent. Raises HyperFlexisError without matplotlib."""
 
     def pictures() -> Mapping[str, Figure]:
-        figure, grid = plot.panels(len(panels), 3.6, 3.4, sharey="all")
+        width = 3.6 if len(panels) > 1 else 4.6  # room for a title
+        figure, grid = plot.panels(len(panels), width, 3.4, sharey="all")
         for axes, panel in zip(grid[0], panels, strict=True):
             _draw(axes, panel, lowest)
         grid[0][0].set_ylabel("requests on time, %")

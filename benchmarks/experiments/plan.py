@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .measure import Row, Rows, Task
-from .scenarios import ABLATED, BURSTY, FAST, MIXED, SCENARIOS, SPLIT, Yardstick
+from .scenarios import ABLATED, BURSTY, FAST, MIXED, SCENARIOS, SPLIT, TURNS, Yardstick
 
 OURS = "hyperflexis"
 OVERLOAD = 1.3
@@ -29,6 +29,7 @@ class Plan:
     fast: Sequence[str] = FAST
     prefixes: Sequence[str] = ("mooncake", "sessions")
     split: Sequence[str] = SPLIT
+    turns: Sequence[str] = TURNS
     stress: bool = True
     seeds: Sequence[int] = (1, 2, 3, 4, 5)
     duration_s: float | None = None
@@ -42,7 +43,8 @@ class Plan:
     abuse_loads: Sequence[float] = (0.37, 0.49)
     prefix_loads: Sequence[float] = (0.5, 0.7, 0.9, 1.1, 1.3)
     ablation_loads: Sequence[float] = (1.2,)
-    split_loads: Sequence[float] = (0.7, 0.9, 1.1, 1.3)
+    split_loads: Sequence[float] = (0.7, 0.9, 1.1, 1.3, 1.5)
+    turns_loads: Sequence[float] = (1.1, 1.3, 1.5, 1.7)
     split_tuning_load: float = 1.0
     split_chunks: Sequence[int] = (1024, 4096)
     split_s: float = 300.0

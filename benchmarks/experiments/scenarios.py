@@ -91,6 +91,24 @@ def without_steps(workload: Workload) -> Workload:
     return replace(workload, classes=tuple(replace(c, arrivals=first(c.arrivals)) for c in workload.classes))
 
 
+def lasting(workload: Workload, duration_s: float) -> Workload:
+    """The workload's whole course in ``duration_s``: its phases and steps of rate come as much sooner."""
+    factor = duration_s / workload.duration_s
+
+    def moved(arrivals: Arrivals | None) -> Arrivals | None:
+        if not isinstance(arrivals, RateArrivals):
+            return arrivals
+        return replace(arrivals, steps=tuple((t * factor, rps) for t, rps in arrivals.steps))
+
+    return replace(
+        workload,
+        duration_s=duration_s,
+        phases=tuple(replace(phase, at_s=phase.at_s * factor) for phase in workload.phases),
+        arrivals=moved(workload.arrivals),
+        classes=tuple(replace(c, arrivals=moved(c.arrivals)) for c in workload.classes),
+    )
+
+
 H100 = "h100-llama-3.1-8b"
 H100_70B = "h100-llama-2-70b-tp4"
 SCENARIOS: dict[str, Scenario] = {
@@ -120,7 +138,8 @@ SCENARIOS: dict[str, Scenario] = {
 MIXED = ("ascend-azure", "ascend-poisson", "h100-azure", "h100-poisson")
 BURSTY = ("ascend-azure", "h100-azure")
 FAST = ("ascend-azure-fast", "h100-azure-fast")
-SPLIT = ("split-conversation", "split-code", "split-shift", "mooncake", "ascend-azure")
+SPLIT = ("split-conversation", "split-code", "mooncake", "ascend-azure")
+TURNS = ("split-shift",)
 ABLATED = (*BURSTY, "torch")
 WITHOUT_TRACES = ("ascend-synthetic",)
 
@@ -197,7 +216,7 @@ class Windows:
         """The requests of a run: ``load`` times lambda* a second, in the window of ``seed``."""
         yardstick = self.yardstick(name, slowness)
         factor = load * yardstick.capacity_rps / yardstick.nominal_rps
-        workload = replace(scaled(self.workload(name), factor), duration_s=duration_s)
+        workload = lasting(scaled(self.workload(name), factor), duration_s)
 
         def window(source: str, arrivals: Arrivals | None) -> Arrivals | None:
             if not isinstance(arrivals, TraceArrivals):

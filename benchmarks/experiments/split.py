@@ -1,10 +1,11 @@
 """E8: prefill and decode on different instances: roles that the fleet chooses itself, against the best static split
-found by search, against colocated, and against what disaggregated fleets run today on *their* best split."""
+found by search, against colocated, and against what disaggregated fleets run today on *their* best split. E9: the same
+where the mix turns from prompts to decodes halfway."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .figures import Bounded, Estimate, difference, estimate, knee, knee_load, knee_ratio
 from .measure import Row, Rows, Task
@@ -14,7 +15,7 @@ from .scenarios import SCENARIOS
 from .tables import bounded, percent, points, table
 
 BASELINES = ("round_robin", "least_loaded", "kv_aware", "edf")
-PICTURE = "img/experiments-split.png"
+PICTURE, TURNS_PICTURE = "img/experiments-split.png", "img/experiments-turns.png"
 AUTO, CONVERTIBLE, COLOCATED = "auto", "convertible", "colocated"
 
 
@@ -43,6 +44,11 @@ class Line:
     carried: dict[str, Bounded]
     gain: Bounded
     sweep: list[Point]
+
+
+def turning(plan: Plan) -> Plan:
+    """The plan of E9."""
+    return replace(plan, split=plan.turns, split_loads=plan.turns_loads)
 
 
 def _splits(plan: Plan, scenario: str) -> list[str]:
@@ -78,7 +84,8 @@ def choose(plan: Plan, rows: Rows) -> dict[str, tuple[str, str, str]]:
 
 def unchosen(plan: Plan) -> dict[str, tuple[str, str, str]]:
     """Any choice: it tells how many runs there will be."""
-    return {scenario: ("static:1", f"{BASELINES[0]}@{plan.split_chunks[0]}", "static:1") for scenario in plan.split}
+    choice = "static:1", f"{BASELINES[0]}@{plan.split_chunks[0]}", "static:1"
+    return dict.fromkeys((*plan.split, *plan.turns), choice)
 
 
 def _ways(plan: Plan, scenario: str) -> dict[str, tuple[str, str]]:
@@ -163,7 +170,7 @@ def panels(plan: Plan, found: Sequence[Line]) -> list[Panel]:
     ]
 
 
-def markdown(plan: Plan, found: Sequence[Line]) -> str:
+def markdown(plan: Plan, found: Sequence[Line], picture: str = PICTURE) -> str:
     """Loads carried, and the sweeps."""
     heads = [
         "90% on time at load",
@@ -204,4 +211,4 @@ def markdown(plan: Plan, found: Sequence[Line]) -> str:
         for line in found
         for point in line.sweep
     ]
-    return f"{carried}\n\n![Attainment against load]({PICTURE})\n\n{table(heads, lines)}"
+    return f"{carried}\n\n![Attainment against load]({picture})\n\n{table(heads, lines)}"

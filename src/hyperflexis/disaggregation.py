@@ -3,7 +3,8 @@ and which instances are linked for that.
 
     a prompt ends           policy/handoff.py: to where its request decodes, or it stays
     an instance drains      what decodes there goes on elsewhere
-    each second             policy/roles.py: an instance turns to prompts alone, or back
+    each second             what decodes on an instance for prompts goes on elsewhere, as soon as there is room;
+                            policy/roles.py: an instance turns to prompts alone, or back
     one joins, drains,      policy/links.py: what is to be linked
     leaves, or has another
     role
@@ -26,7 +27,7 @@ from .policy.catalog import Policy
 from .policy.handoff import Move
 from .policy.links import plan_links
 from .policy.place import PlaceMemory
-from .policy.roles import RolesMemory, plan_roles
+from .policy.roles import Change, RolesMemory, has_strays, plan_roles
 
 
 class Disaggregation:
@@ -156,21 +157,26 @@ class Disaggregation:
         )
 
     def adapt_roles(self, models: Sequence[str], now: float) -> list[Effect]:
-        """Let each model's roles follow its needs, if they are to."""
-        if self._split is None or not self._split.adapt:
+        """Let each model's roles follow its needs, if they are to, and what decodes on instances for prompts go on
+        elsewhere, where there is room by now."""
+        if self._split is None:
             return []
         effects: list[Effect] = []
         for model in models:
+            ready = self._cluster.ready(model)
             demand = self._cluster.demand.get(model)
-            if demand is None:
-                continue
-            changes, self.roles = plan_roles(now, model, self._cluster.ready(model), demand, self.roles)
+            changes: list[Change] = []
+            if self._split.adapt and demand is not None:
+                changes, self.roles = plan_roles(now, model, ready, demand, self.roles)
             for instance, share, reason in changes:
                 instance.prefill_share, instance.role_at = share, now
                 effects.append(SetRole(instance.id, instance.info.epoch, share, reason))
                 if share == 1.0:
                     effects += self.migrate(instance, now)
                 effects += self.link(instance)
+            for instance in ready:
+                if has_strays(instance, now):
+                    effects += self.migrate(instance, now)
         return effects
 
     def first_role(self, instance: TrackedInstance, known: float | None, now: float) -> list[Effect]:

@@ -283,6 +283,20 @@ def test_the_last_instance_that_decodes_is_drained_to_one_for_prompts():
     assert (handoff.source, handoff.instance) == ("i1", "i0")
 
 
+def test_what_found_no_room_goes_on_elsewhere_when_there_is_some():
+    c, _ = fleet()
+    other = c.cluster.instances["i1"]
+    other.kv_tokens = 99_900.0
+    ask(c, request("r"))
+    assert c.handle(ending(), 0.05) == [], "it decodes where its prompt was computed"
+    c.handle(InstanceReported(report("i0", [RequestProgress("r", 500, 3)])), 6.0)
+    assert not any(isinstance(e, Handoff) for e in c.handle(Tick(), 6.0))
+    other.kv_tokens = 0.0
+    (handoff,) = [e for e in c.handle(Tick(), 7.0) if isinstance(e, Handoff)]
+    assert (handoff.source, handoff.instance) == ("i0", "i1")
+    assert loads(c) == [(0, 0), (0, 1)]
+
+
 def test_roles_follow_what_is_needed_and_one_changes_at_a_time():
     slow = replace(info("x").latency, c0=0.03)  # at 50 ms a token c0 takes three fifths of the time
     c = Controller(ControllerConfig(("m",), split=Split()))

@@ -42,8 +42,7 @@ class Demand:
     since: float
     prefill_fast: Rate = field(default_factory=lambda: Rate(FAST_S))
     prefill_slow: Rate = field(default_factory=lambda: Rate(SLOW_S))
-    decode_work: Rate = field(default_factory=lambda: Rate(SLOW_S))
-    c0: float = 0.0
+    decode_slow: Rate = field(default_factory=lambda: Rate(SLOW_S))
     paces: dict[float, float] = field(default_factory=dict)
 
     def add(self, prefill_s: float, decode_s: float, c0: float, pace_s: float, now: float) -> None:
@@ -51,9 +50,8 @@ class Demand:
         decodes add ``decode_s`` to iterations that cost ``c0`` besides, a token every ``pace_s``."""
         self.prefill_fast.add(prefill_s, now)
         self.prefill_slow.add(prefill_s, now)
-        self.decode_work.add(decode_s, now)
-        self.c0 = c0
         if pace_s > c0:  # one that nobody can keep says nothing of the others
+            self.decode_slow.add(decode_s / share_left(c0, pace_s), now)
             self.paces[pace_s] = now
 
     def prefill(self, now: float) -> float:
@@ -62,9 +60,9 @@ class Demand:
         return max(self._full(self.prefill_fast, now), self._full(self.prefill_slow, now))
 
     def decode(self, now: float) -> float:
-        """Instances that the decodes keep busy, all at the tightest pace: they share instances. The slow rate, since
-        decodes come over as long as the answers take."""
-        return self._full(self.decode_work, now) / share_left(self.c0, self.tightest_s(now))
+        """Instances that the decodes keep busy, each at its own pace: those of different paces part
+        (policy/handoff.py). The slow rate, since decodes come over as long as the answers take."""
+        return self._full(self.decode_slow, now)
 
     def tightest_s(self, now: float) -> float:
         """The tightest pace of the last SLOW_S; inf when there is none."""

@@ -4,9 +4,12 @@ at the least cost; or where it is.
     feasible  an iteration of the decodes there, this one among them at its largest context, lasts at most PACE_MARGIN
               of the tightest pace; KV cache and batch have room; the KV is there before the second token is due
     cost      seconds that the handoff is exposed, in paces of the request
-              + pace loss: by how much more of the time c0 takes at the tightest pace there with the request, which all
-                must keep then; a part of it where the request is the one that must keep theirs
+              + pace loss: by how much more of the time c0 takes at its pace than at those there, on average;
+                a part of the difference where the request is the one that must keep theirs
               + share of the KV cache in use
+
+The tightest pace binds all that are there. The loss is taken from the average, so that paces part: where every instance
+has a tight one, the tightest tells none from another, and loose requests would stay among tight ones for good.
 
 The source is a candidate when it decodes too: nothing moves, but prompts and decodes then disturb each other, which
 its step policy sees to. Where no other is feasible the request stays.
@@ -97,8 +100,7 @@ def is_feasible(tracked: TrackedRequest, instance: TrackedInstance, seconds: flo
 def _cost(tracked: TrackedRequest, instance: TrackedInstance, seconds: float, moves: bool) -> float:
     latency = instance.latency
     pace_s = min(tracked.pace_s, CAP_S)
-    there_s = min(instance.min_pace_s, CAP_S)
-    difference = latency.c0 / pace_s - latency.c0 / there_s
+    difference = latency.c0 / pace_s - _overhead(instance)
     loss = difference if difference > 0.0 else -OWN * difference
     return (
         (MOVE if moves else 0.0)
@@ -106,3 +108,11 @@ def _cost(tracked: TrackedRequest, instance: TrackedInstance, seconds: float, mo
         + LOSS_WEIGHT * loss
         + instance.kv_tokens / instance.info.kv_capacity_tokens
     )
+
+
+def _overhead(instance: TrackedInstance) -> float:
+    """Share of the time that c0 takes at the paces there, on average."""
+    paces, c0 = instance.paces, instance.latency.c0
+    if not paces:
+        return c0 / CAP_S
+    return c0 * sum(count / min(pace_s, CAP_S) for pace_s, count in paces.items()) / sum(paces.values())

@@ -8,17 +8,18 @@ keep. A prefill instance makes no decode wait, and spends c0 on whole iterations
 
 That is worth a role from SAVING on. Below, or where decodes need all instances, all stay convertible.
 
-    needs     instances that prompts, and decodes at the tightest pace, keep busy:  load / RHO + MARGIN * sqrt(load);
+    needs     instances that prompts, and decodes, each at its own pace, keep busy:  load / RHO + MARGIN * sqrt(load);
               decodes also need the KV cache that they hold
     best      as many prefill instances as prompts keep busy, and decodes, at their largest need of PEAK_S, leave over;
               two instances decode at least, where there are three
 
 One more comes when that was right GROW times in a row, a second apart, or GROW / k times when k are missing: what
 decodes need is known late, as answers end. Before SETTLE_S nothing is known. One less when decodes need it SHRINK times
-in a row; at once when they lack more than half an instance. For want of prompts alone none goes: it does no harm. A
-role is kept for DWELL_S. A transition moves no weights; what decodes on an instance that turns to prompts goes on
-elsewhere with its KV where its pace can be kept, else to its end there. In simulation pure decode instances only harm:
-bursts of prompts find them closed.
+in a row; at once when they lack more than half an instance, or when one decodes on an instance for prompts, having
+found no room elsewhere: that instance computes prompts at half its speed for the one, and may as well take others. For
+want of prompts alone none goes: it does no harm. A role is kept for DWELL_S. A transition moves no weights; what
+decodes on an instance that turns to prompts goes on elsewhere with its KV where its pace can be kept, else to its end
+there. In simulation pure decode instances only harm: bursts of prompts find them closed.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def best_prefill(prefill_need: float, decode_need: float, instances: int) -> int
 
 def first_prefill(prefill_load: float, decode_load: float, c0: float, pace_s: float, instances: int) -> int:
     """How many of ``instances`` should begin so, when the mean loads and the tightest pace are known: instances that
-    prompts, and decodes at that pace, keep busy."""
+    prompts and decodes keep busy."""
     if instances < 2 or saving(c0, pace_s) < SAVING:
         return 0
     return best_prefill(_need(prefill_load), _need(decode_load), instances)
@@ -119,7 +120,9 @@ def plan_roles(
         best = best_prefill(needs.prefill, max(one.decode for one in recent), len(instances))
     votes = 0
     change: Change | None = None
-    if best > have:
+    if any(has_strays(one, now) for one in instances):
+        change = _turn(now, instances, False, "decodes find no room elsewhere")
+    elif best > have:
         votes = max(known.votes, 0) + 1
         if votes * (best - have) >= GROW:
             change = _turn(now, instances, True, f"prompts keep {needs.prefill:.1f} instances busy")
@@ -133,11 +136,17 @@ def plan_roles(
     return ([] if change is None else [change]), memory
 
 
+def has_strays(instance: TrackedInstance, now: float) -> bool:
+    """Whether something decodes on an instance for prompts, and not since it was none."""
+    return instance.prefill_share == 1.0 and instance.num_decodes > 0 and now - instance.role_at >= DWELL_S
+
+
 def _turn(now: float, instances: Sequence[TrackedInstance], to_prefill: bool, reason: str) -> Change | None:
-    """The instance that has the least of what it is to give up: to prompts alone, or back to both."""
+    """To prompts alone the instance with the fewest decodes; back to both the one with the most, or the fewest
+    prompts."""
     free = [one for one in instances if now - one.role_at >= DWELL_S and (one.prefill_share < 1.0) == to_prefill]
     if not free:
         return None
     if to_prefill:
         return min(free, key=lambda one: one.num_decodes), 1.0, reason
-    return min(free, key=lambda one: one.prefill_s), CONVERTIBLE, reason
+    return min(free, key=lambda one: (-one.num_decodes, one.prefill_s)), CONVERTIBLE, reason

@@ -405,7 +405,7 @@ def _tables(comparison: Comparison) -> list[_Table]:
 
 
 def _overall(title: str, points: Mapping[str, Point]) -> _Table:
-    head = ("policy", "on time", "95% interval", "on time/s", "mean e2e s", "capped mean s", "rejected", "lost")
+    head = ("policy", "on time", "95% interval", "TTFT kept", "TPOT kept", "on time/s", "mean e2e s", "capped mean s")
     rows = []
     for name, point in points.items():
         s = point.summary
@@ -413,6 +413,8 @@ def _overall(title: str, points: Mapping[str, Point]) -> _Table:
             name,
             percent(s.attainment),
             interval(s, "attainment"),
+            percent(s.ttft_attainment),
+            percent(s.tpot_attainment),
             number(s.goodput_rps, 2),
             number(s.mean_e2e_s, 2),
             number(s.mean_capped_e2e_s, 2),
@@ -421,7 +423,7 @@ def _overall(title: str, points: Mapping[str, Point]) -> _Table:
             number(s.accelerator_s, 0),
         )
         rows.append(cells)
-    return _Table(title, (*head, "accelerator s"), rows)
+    return _Table(title, (*head, "rejected", "lost", "accelerator s"), rows)
 
 
 def interval(summary: Summary, figure: str) -> str:

@@ -98,13 +98,17 @@ def test_a_load_is_a_rate_over_the_capacity_of_the_device_as_it_is() -> None:
     assert windows.yardstick(name, 2.0).capacity_rps < 0.6 * yardstick.capacity_rps
 
 
-def test_a_trace_s_classes_keep_their_mix_in_every_window(tmp_path: Path) -> None:
+@pytest.fixture
+def windows(tmp_path: Path) -> Windows:
     random = Random(1)
     for csv in set().union(*(csv_names(scenario.workload) for scenario in SCENARIOS.values())):
         times = sorted(random.uniform(0.0, 1800.0) for _ in range(400))
         lines = "".join(f"{t},{random.randint(50, 900)},{random.randint(5, 90)},\n" for t in times)
         (tmp_path / csv.replace(".csv", "_h1.csv")).write_text(f"t,prompt_tokens,output_tokens,hash_ids\n{lines}")
-    windows = Windows(find_traces(tmp_path))
+    return Windows(find_traces(tmp_path))
+
+
+def test_a_trace_s_classes_keep_their_mix_in_every_window(windows: Windows) -> None:
     mixes = []
     for load, seed in ((0.5, 1), (0.5, 2), (0.5, 101)):
         arrivals = windows.arrivals("ascend-azure", load, seed, 20.0)
@@ -113,6 +117,20 @@ def test_a_trace_s_classes_keep_their_mix_in_every_window(tmp_path: Path) -> Non
     chats = mixes[0]["chat"] / 0.5 * 600.0 / 20.0  # at load 1 in a run of the usual length
     assert windows.laps("ascend-azure")["chat"] == pytest.approx(chats / (0.6 * 400), rel=0.1)
     assert windows.arrivals("ascend-azure", 0.5, 1, 20.0) != windows.arrivals("ascend-azure", 0.5, 2, 20.0)
+
+
+@pytest.mark.parametrize("duration_s", [30.0, 60.0])
+def test_a_short_run_shifts_as_a_long_one_does(windows: Windows, duration_s: float) -> None:
+    arrivals = windows.arrivals("split-shift", 1.0, 1, duration_s)
+    first = Counter(arrival.slo_class for arrival in arrivals if arrival.t < duration_s / 2)
+    second = Counter(arrival.slo_class for arrival in arrivals if arrival.t >= duration_s / 2)
+    assert first["code"] > 5 * first["chat"] > 0
+    assert set(second) == {"chat"}
+
+
+def test_a_short_run_sees_the_steps_of_a_long_one(windows: Windows) -> None:
+    sent = [a.t for a in windows.arrivals("abuse", 1.0, 1, 60.0) if a.slo_class == "batch-abuser"]
+    assert sum(20.0 <= t < 40.0 for t in sent) > sum(not 20.0 <= t < 40.0 for t in sent)
 
 
 def test_a_missing_trace_is_named(tmp_path: Path) -> None:

@@ -45,6 +45,17 @@ def test_it_goes_where_its_pace_costs_least():
     assert to(tracked(0.1), [tight, loose], source)[0] == "loose"
 
 
+def test_paces_part_where_every_instance_has_a_tight_one():
+    mostly_tight, mostly_loose, source = (
+        instance("tight", 5, 0.05),
+        instance("loose", 1, 0.05),
+        instance("p", share=1.0),
+    )
+    mostly_loose.paces[0.1], mostly_loose.num_decodes = 4, 5
+    assert to(tracked(0.05), [mostly_loose, mostly_tight], source)[0] == "tight"
+    assert to(tracked(0.1), [mostly_tight, mostly_loose], source)[0] == "loose"
+
+
 def test_it_stays_where_it_is_when_little_is_won():
     source, other = instance("here", 4, 0.05, share=0.5, kv=20_000), instance("there", 3, 0.05, share=0.5)
     assert to(tracked(), [source, other], source) == (None, 0.0)

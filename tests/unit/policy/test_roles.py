@@ -9,13 +9,15 @@ import pytest
 from hyperflexis.core.cluster import CONVERTIBLE, TrackedInstance
 from hyperflexis.core.demand import SLOW_S, Demand
 from hyperflexis.core.instance import InstanceInfo
-from hyperflexis.core.latency import Coefficients
+from hyperflexis.core.latency import Coefficients, share_left
 from hyperflexis.policy.roles import (
+    DWELL_S,
     GROW,
     SHRINK,
     RolesMemory,
     best_prefill,
     first_prefill,
+    has_strays,
     needs_of,
     plan_roles,
     saving,
@@ -36,9 +38,9 @@ def demand(prefill: float, decode_work: float, until: float, pace_s: float = 0.0
     """A load that has been steady for long: instances of prompts, and seconds of decodes a second without c0."""
     made = Demand(0.0)
     made.prefill_fast.value = made.prefill_slow.value = prefill
-    made.decode_work.value = decode_work
-    made.prefill_fast.at = made.prefill_slow.at = made.decode_work.at = until
-    made.c0, made.paces = c0, {pace_s: until}
+    made.decode_slow.value = decode_work / share_left(c0, pace_s)
+    made.prefill_fast.at = made.prefill_slow.at = made.decode_slow.at = until
+    made.paces = {pace_s: until}
     return made
 
 
@@ -113,6 +115,20 @@ def test_one_goes_when_decodes_need_it_at_once_when_they_lack_much():
     assert steps(instances(4, prefill=2), 2.5, 1.3, 30)[0][0] == 0, "they need 4"
 
 
+def test_one_goes_at_once_when_something_decodes_there_for_want_of_room():
+    fleet = instances(4, prefill=2)
+    fleet[1].num_decodes = 1
+    assert steps(fleet, 2.5, 0.4, 1) == [(0, "i1", CONVERTIBLE)], "the one that decodes, though decodes need few"
+    assert not has_strays(fleet[1], 1000.0), "it decodes now"
+
+
+def test_what_decodes_where_a_role_is_new_ends_there():
+    fleet = instances(4, prefill=2)
+    fleet[1].num_decodes, fleet[1].role_at = 1, 1000.0
+    assert not has_strays(fleet[1], 999.9 + DWELL_S) and has_strays(fleet[1], 1000.0 + DWELL_S)
+    assert not has_strays(fleet[0], 2000.0), "nothing decodes there"
+
+
 def test_none_goes_for_want_of_prompts():
     assert steps(instances(4, prefill=2), 0.1, 0.4, 100) == []
 
@@ -142,3 +158,10 @@ def test_demand_of_a_young_fleet_is_not_a_fraction():
     assert steady.tightest_s(2.0) == 0.05
     assert steady.tightest_s(2.0 + SLOW_S + 1.0) == float("inf")
     assert steady.prefill(2.0 + 10 * SLOW_S) < 0.01
+
+
+def test_decodes_count_at_their_own_pace():
+    mixed = Demand(0.0)
+    for pace_s in (0.05, 0.1):
+        mixed.add(0.0, 1.0, 0.03, pace_s, 1000.0)
+    assert mixed.decode(1000.0) == pytest.approx((1.0 / 0.4 + 1.0 / 0.7) / SLOW_S)
