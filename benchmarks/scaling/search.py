@@ -18,7 +18,7 @@ LEAST = 0.988
 """The least that our own keeps anywhere: a baseline that stays a little below the target is not ruled out by that."""
 FEW = 3
 GRIDS: Mapping[str, tuple[tuple[float, ...], ...]] = {
-    "concurrency": ((1.0, 0.5, 2.0, 4.0), (20.0, 5.0, 60.0, 300.0), (0.0, 3.0)),
+    "concurrency": ((1.0, 0.5, 2.0, 4.0, 8.0, 12.0, 16.0), (20.0, 5.0, 60.0, 300.0), (0.0, 3.0)),
     "saturation": ((1.0, 0.25, 0.5, 2.0), (60.0, 10.0, 300.0, 900.0), (0.1, 0.3)),
     "rate": ((0.6, 0.3, 1.2, 1.8), (60.0, 10.0, 300.0, 900.0)),
     "reactive": ((60.0, 10.0, 300.0, 900.0), (1.0, 5.0), (0.01,)),
