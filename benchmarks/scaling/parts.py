@@ -24,7 +24,7 @@ CODE_LAX = Setting("Azure code, lax", replace(CODE.task, first=8, lax=True), (5,
 CONVERSATION_LAX = Setting(
     "Azure conversation, lax", replace(CONVERSATION.task, first=8, lax=True), (6, 7, 8, 9), FEW_SEEDS[:1]
 )
-DAY = Setting("ServeGen day 4", Task("scale-day.yaml", 0, 12, duration_s=2700.0), (13, 15), (1,))
+DAY = Setting("ServeGen day 4", Task("scale-day.yaml", 0, 12, duration_s=2700.0), (15, 18, 20, 22, 24), (1,))
 STARTS = ("2", "10", "60")
 TUNED_STARTS = ("2", "60")
 BEST_KINDS = ("concurrency", "rate")
