@@ -43,8 +43,13 @@ def write_results(path: Path, plan: Plan, sources: str, found: Any, runs: Mappin
         **(result if isinstance(result, dict) else {"lines": result}),
         "runs": [_settings(task) | _figures(row) for task, row in runs.items()],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
+    write_document(path, document)
+
+
+def write_document(path: Path, document: Mapping[str, Any]) -> None:
+    """JSON with a line for each element of a list."""
     lines = [f"{json.dumps(key)}: {_text(value)}" for key, value in document.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
