@@ -167,6 +167,8 @@ class Stuck:
             text=True,
             env=environment(),
             start_new_session=True,
+            # Tests that run in a shell's background ignore it, and so would all that they start.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         said = b""
         while said.count(b"\n") < 2:
