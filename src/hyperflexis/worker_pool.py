@@ -44,38 +44,17 @@ def performed(
             gc.set_threshold(*before)
         return
     executor = ProcessPoolExecutor(min(jobs, len(tasks)), initializer=_start_worker, initargs=(make, context))
-    interrupted = False
-
-    def interrupt(*_: object) -> None:
-        nonlocal interrupted
-        interrupted = True
-        _end_workers()
-        raise KeyboardInterrupt
-
-    # Python drops an exception that a signal raises within a callback: then the pool, which breaks, tells of it.
-    before_us = signal.getsignal(signal.SIGINT)
-    catches = threading.current_thread() is threading.main_thread() and callable(before_us)
-    if catches:
-        signal.signal(signal.SIGINT, interrupt)
     try:
         futures = {executor.submit(_perform, task): task for task in tasks}
         yield ((futures[future], future.result()) for future in as_completed(futures))
     except BrokenProcessPool:
-        if interrupted:
-            raise KeyboardInterrupt from None
         raise HyperFlexisError("a worker process was killed, for lack of memory perhaps: try fewer --jobs") from None
     except BaseException:
-        _end_workers()
+        for child in active_children():
+            child.terminate()
         raise
     finally:
-        if catches:
-            signal.signal(signal.SIGINT, before_us)
         executor.shutdown(cancel_futures=True)
-
-
-def _end_workers() -> None:
-    for child in active_children():
-        child.terminate()
 
 
 _performer: Callable[[Any], Any] | None = None
