@@ -52,7 +52,8 @@ class Loading:
             return []
         launching.reach(InstanceState.LOADING)
         sources = [] if launching.means == "disk" else self._sources(info)
-        copies = tuple(copy for model, copy in self._copies.items() if model == info.model)
+        copy = self._copies.get(info.model)
+        copies = () if copy is None else (copy,)
         if not sources:
             return [LoadWeights(info.id, info.epoch, copies)]
         digest = sources[0].info.weights_digest

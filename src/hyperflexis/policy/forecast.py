@@ -101,13 +101,13 @@ def forecast(history: History, sample: Sample, horizon_s: float) -> tuple[Foreca
     usual = history.usual + (mean - history.usual) * weight
     variance = history.variance + ((mean - usual) ** 2 - history.variance) * weight
     independent = history.independent + (noise * noise - history.independent) * weight
+    own = noise
+    if seen > LEARN_S and variance < INDEPENDENT * independent:
+        noise = max(own, sqrt(independent))
     if quick:
         earlier = samples[-2 * FAST : -FAST] or samples[-FAST:]
-        rise = mean - _mean(earlier, _total) - hypot(noise, _noise(earlier))
+        rise = mean - _mean(earlier, _total) - hypot(own, _noise(earlier))
         both += max(rise, 0.0) / FAST * horizon_s
-    if seen > LEARN_S and variance < INDEPENDENT * independent:
-        noise = max(noise, sqrt(independent))
-    if quick:
         noise *= max(horizon_s / FAST, 1.0)  # so much the slope adds to it
     prefill = level(lambda one: one.prefill, lambda one: one.prefill_square)
     decode = level(lambda one: one.decode, lambda one: 0.0)
