@@ -32,7 +32,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import cycle
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -47,6 +46,7 @@ from hyperflexis.core.profile import Profile
 from hyperflexis.core.record import Record
 from hyperflexis.core.slo import Slo
 from hyperflexis.demo import KV_TOKENS, FleetProcess
+from hyperflexis.demo_measure import keep_busy
 from hyperflexis.engines.profiles import load_profile
 from hyperflexis.launch.local import own_command
 from hyperflexis.policy.catalog import find_policy
@@ -194,7 +194,7 @@ def drive(case: Case, folder: Path, profile: Profile, args: argparse.Namespace) 
             devices["fitted"] = replace(profile, coefficients=mean_of(fits), table=None)
         main = at_load(workload, list(devices.values())[-1], args.load)
         if case.saturation_s:
-            carried = await carried_rps(target, workload, args.seed + 3 + len(WARM_UPS), case.saturation_s)
+            carried = await carried_rps(target, workload, args.seed + 3 + len(WARM_UPS), case.saturation_s, stop)
             print(f"{carried:.2f} requests/s are carried with {INSTANCES * IN_FLIGHT} in flight", flush=True)
             main = scaled(workload, args.load * carried / rate_of(workload))
             await asyncio.sleep(FLUSH_S)
@@ -213,23 +213,11 @@ def drive(case: Case, folder: Path, profile: Profile, args: argparse.Namespace) 
         fleet.stop()
 
 
-async def carried_rps(target: Target, workload: Workload, seed: int, seconds: float) -> float:
+async def carried_rps(target: Target, workload: Workload, seed: int, seconds: float, stop: asyncio.Event) -> float:
     """Requests that the fleet ends in a second while IN_FLIGHT an instance are under way."""
-    coming = enumerate(cycle(generate(workload, seed)))
-    until = time.monotonic() + seconds
-    ended = 0
-    async with Client(target, seed) as client:
-
-        async def one_after_the_other() -> None:
-            nonlocal ended
-            while time.monotonic() < until:
-                number, arrival = next(coming)
-                arrival = replace(arrival, slo_class=PROBE, slo=Slo())
-                await client.send(arrival, -1 - PROBES - number, time.monotonic())
-                ended += time.monotonic() < until
-
-        await asyncio.gather(*(one_after_the_other() for _ in range(INSTANCES * IN_FLIGHT)))
-    return ended / seconds
+    mix = [replace(arrival, slo_class=PROBE) for arrival in generate(workload, seed)]
+    records = await keep_busy(target, mix, INSTANCES * IN_FLIGHT, seconds, seed, stop)
+    return sum(r.e2e_s is not None and r.arrived_at + r.e2e_s < seconds for r in records) / seconds
 
 
 def busy_cpu_s() -> float:

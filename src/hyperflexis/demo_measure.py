@@ -171,18 +171,30 @@ async def measure_cost(
     """Keep ``in_flight`` requests of the mix on every instance for ``duration_s``, and share out the time they took."""
     mix = sample(workload, seed)
     Random(f"{seed}:saturation").shuffle(mix)
+    records = await keep_busy(target, mix, in_flight * instances, duration_s, seed, stop)
+    finished = [record for record in records if record.outcome == "finished"]
+    if not finished:
+        raise HyperFlexisError(f"no request finished while the capacity was measured: {records[0].detail}")
+    return share_out(finished, idle, instances, in_flight)
+
+
+async def keep_busy(
+    target: Target, mix: Sequence[Arrival], in_flight: int, duration_s: float, seed: int, stop: asyncio.Event
+) -> list[Record]:
+    """Have ``in_flight`` requests of ``mix`` under way, again from its start after its end, until ``duration_s`` are
+    over; their promises are left out. Raises Stopped."""
     records: list[Record] = []
     numbers = iter(range(1 << 40))
     async with Client(target, seed) as client:
         started_at = time.monotonic()
 
-        async def keep_busy() -> None:
+        async def one_after_the_other() -> None:
             while time.monotonic() - started_at < duration_s:
                 number = next(numbers)
                 arrival = replace(mix[number % len(mix)], t=time.monotonic() - started_at, slo=Slo())
                 records.append(await client.send(arrival, number, started_at))
 
-        busy = asyncio.gather(*(keep_busy() for _ in range(in_flight * instances)))
+        busy = asyncio.gather(*(one_after_the_other() for _ in range(in_flight)))
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait((busy, stopping), return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
@@ -191,10 +203,7 @@ async def measure_cost(
             await asyncio.gather(busy, return_exceptions=True)
             raise Stopped
         await busy
-    finished = [record for record in records if record.outcome == "finished"]
-    if not finished:
-        raise HyperFlexisError(f"no request finished while the capacity was measured: {records[0].detail}")
-    return share_out(finished, idle, instances, in_flight)
+    return records
 
 
 def share_out(finished: Sequence[Record], idle: Idle, instances: int, in_flight: int) -> Cost:
