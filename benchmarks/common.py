@@ -7,8 +7,11 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from hyperflexis.errors import HyperFlexisError
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -34,6 +37,19 @@ def environment(seed: int) -> dict[str, Any]:
 def command() -> str:
     """This run's command line, folders left out."""
     return " ".join(word.rpartition("/")[2] for word in sys.argv)
+
+
+def resumable(work: Callable[[], None]) -> int:
+    """The exit status of ``work``, which can be interrupted and goes on where it was."""
+    try:
+        work()
+    except HyperFlexisError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
 
 
 def write_results(file: Path, found: dict[str, Any]) -> None:

@@ -16,13 +16,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hyperflexis.errors import ConfigError, HyperFlexisError
+from hyperflexis.errors import ConfigError
 from hyperflexis.telemetry import plot
 from hyperflexis.telemetry.machine import num_cores
 
+from ..common import resumable
 from . import goodput, latency, optimum, overload, parts, picture, prefixes, robustness, split, targets, tune
 from .cache import Cache, Digests
-from .measure import ROOT, Rows, Task
+from .measure import ROOT, Row, Rows, Task, row_from_dict
 from .pages import Places, write_page, write_results
 from .plan import Plan
 from .pool import perform, plan_work
@@ -88,15 +89,7 @@ QUICK = Plan(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the chosen experiments and write what they gave."""
     args = parse(argv)
-    try:
-        run(args)
-    except HyperFlexisError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return resumable(lambda: run(args))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -122,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
     windows = Windows(find_traces(args.traces) if args.traces else {})
     plan = make_plan(QUICK if args.quick else FULL, windows)
     names = playable(names, plan)
-    digests, cache = Digests(windows.traces), Cache(args.cache / "runs.jsonl")
+    digests, cache = Digests(windows.traces), Cache(args.cache / "runs.jsonl", row_from_dict)
     tracked = not args.quick and bool(args.traces) and args.out is None
     kind = "quick" if args.quick else "all" if args.traces else "synthetic"
     out = args.out or args.cache / kind
@@ -218,7 +211,7 @@ def playable(names: Sequence[str], plan: Plan) -> list[str]:
 
 
 def estimate(
-    plan: Plan, names: Sequence[str], tuned: bool, windows: Windows, digests: Digests, cache: Cache, jobs: int
+    plan: Plan, names: Sequence[str], tuned: bool, windows: Windows, digests: Digests, cache: Cache[Row], jobs: int
 ) -> None:
     """Say how many runs there are, and how long they will take."""
     stages = [*([TUNING] if tuned else []), *(EXPERIMENTS[name] for name in names)]

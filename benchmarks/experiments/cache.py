@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
+from typing import Any, Generic, Protocol, TypeVar
 
 import hyperflexis
 from hyperflexis.engines.profiles import shipped_profiles
 
-from .measure import ROOT, Row, Task, row_from_dict
+from .measure import ROOT, Task
 from .scenarios import SCENARIOS, WORKLOADS, csv_names
 
 PACKAGE = Path(hyperflexis.__file__).parent
@@ -29,18 +30,35 @@ REQUEST_S = 1e-3
 """Seconds of a core that a request costs where no earlier run tells: of the right order on a core of 2020."""
 
 
+class Files:
+    """Digests of files, each of which is read once."""
+
+    def __init__(self) -> None:
+        self._digests: dict[Path, str] = {}
+
+    def code(self, parts: Iterable[str], own: Iterable[Path]) -> str:
+        """Of ``parts`` of the package, files and folders, and what a benchmark has of its ``own``."""
+        return self.digest([*(path for part in parts for path in _python_files(PACKAGE / part)), *own])
+
+    def digest(self, files: Sequence[Path]) -> str:
+        """Of all of them, in this order."""
+        for path in files:
+            if path not in self._digests:
+                self._digests[path] = digest_of(path.read_bytes())
+        return digest_of(" ".join(self._digests[path] for path in files).encode())
+
+
 class Digests:
-    """Of everything that a run depends on besides its settings; files are read once."""
+    """Of everything that a run depends on besides its settings."""
 
     def __init__(self, traces: Mapping[str, Path]) -> None:
         self._traces = traces
-        self._files: dict[Path, str] = {}
+        self._files = Files()
 
     @cached_property
     def sources(self) -> str:
         """Of the code."""
-        files = [path for part in SOURCES for path in _python_files(PACKAGE / part)]
-        return self._all([*files, *(Path(__file__).with_name(name) for name in OWN)])
+        return self._files.code(SOURCES, [Path(__file__).with_name(name) for name in OWN])
 
     def key(self, task: Task) -> str:
         """The cache's key of ``task``."""
@@ -50,45 +68,55 @@ class Digests:
         if task.policy.endswith(".py"):
             files += [ROOT / task.policy, ROOT / "benchmarks" / "ablations" / "__init__.py"]
         settings = json.dumps(asdict(task), sort_keys=True)
-        return _digest(f"{settings} {self.sources} {self._all(files)}".encode())
-
-    def _all(self, files: Sequence[Path]) -> str:
-        for path in files:
-            if path not in self._files:
-                self._files[path] = _digest(path.read_bytes())
-        return _digest(" ".join(self._files[path] for path in files).encode())
+        return digest_of(f"{settings} {self.sources} {self._files.digest(files)}".encode())
 
 
 def _python_files(path: Path) -> list[Path]:
     return sorted(path.rglob("*.py")) if path.is_dir() else [path]
 
 
-def _digest(content: bytes) -> str:
+def digest_of(content: bytes) -> str:
+    """As text."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-class Cache:
+class Costed(Protocol):
+    """A row: what a run gave, of how many requests, and the seconds of a core that it took."""
+
+    @property
+    def requests(self) -> int:
+        """How many."""
+
+    @property
+    def cpu_s(self) -> float:
+        """Seconds."""
+
+
+R = TypeVar("R", bound=Costed)
+
+
+class Cache(Generic[R]):
     """Rows as JSON lines in a file that only grows. Lines that were cut off or are of another form are skipped: their
     runs are performed again."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, row_from: Callable[[dict[str, Any]], R]) -> None:
         self._path = path
-        self._rows: dict[str, Row] = {}
+        self._rows: dict[str, R] = {}
         self._cost_s: dict[str, list[float]] = {}
         text = path.read_text() if path.exists() else ""
         self._cut_off = not text.endswith("\n") and text != ""
         for line in text.splitlines():
             try:
                 found = json.loads(line)
-                self._add(found["key"], found["policy"], row_from_dict(found["row"]))
+                self._add(found["key"], found["policy"], row_from(found["row"]))
             except (ValueError, KeyError, TypeError):
                 continue
 
-    def get(self, key: str) -> Row | None:
+    def get(self, key: str) -> R | None:
         """The row of that key, None when it has not been measured."""
         return self._rows.get(key)
 
-    def put(self, key: str, policy: str, row: Row) -> None:
+    def put(self, key: str, policy: str, row: R) -> None:
         """Keep a row, at once."""
         self._add(key, policy, row)
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +129,7 @@ class Cache:
         """Seconds of a core that a request costs under ``policy``, as far as earlier runs tell."""
         return fmean(self._cost_s.get(_family(policy), [REQUEST_S]))
 
-    def _add(self, key: str, policy: str, row: Row) -> None:
+    def _add(self, key: str, policy: str, row: R) -> None:
         self._rows[key] = row
         self._cost_s.setdefault(_family(policy), []).append(row.cpu_s / row.requests)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -33,15 +33,13 @@ class Places:
 
 def write_results(path: Path, plan: Plan, sources: str, found: Any, runs: Mapping[Task, Row]) -> None:
     """``found`` and ``runs`` behind it, with what made them; a line for each element of a list."""
-    made = environment(plan.seeds[0])
-    del made["seed"]
     result = msgspec.to_builtins(found)
     document = {
-        "made_with": made | {"sources": sources},
+        "made_with": made_with(sources),
         "seeds": list(plan.seeds),
         "tuning_seeds": list(plan.tuning_seeds),
         **(result if isinstance(result, dict) else {"lines": result}),
-        "runs": [_settings(task) | _figures(row) for task, row in runs.items()],
+        "runs": [settings(task, _UNSHARED) | _figures(row) for task, row in runs.items()],
     }
     write_document(path, document)
 
@@ -53,10 +51,17 @@ def write_document(path: Path, document: Mapping[str, Any]) -> None:
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def _settings(task: Task) -> dict[str, Any]:
-    """Without those that are as usual."""
-    usual = {field.name: field.default for field in fields(Task)}
-    return {key: value for key, value in asdict(task).items() if key not in _UNSHARED and value != usual[key]}
+def made_with(sources: str) -> dict[str, Any]:
+    """The machine and the code, of which ``sources`` is the digest."""
+    made = environment(0)
+    del made["seed"]
+    return made | {"sources": sources}
+
+
+def settings(task: Any, unshared: Collection[str] = ()) -> dict[str, Any]:
+    """Those of a task, a dataclass, that are not as usual, nor ``unshared``."""
+    usual = {field.name: field.default for field in fields(task)}
+    return {key: value for key, value in asdict(task).items() if key not in unshared and value != usual[key]}
 
 
 def _figures(row: Row) -> dict[str, Any]:

@@ -22,7 +22,7 @@ class Work:
     cpu_s: Mapping[str, float]
 
 
-def plan_work(tasks: Iterable[Task], windows: Windows, digests: Digests, cache: Cache) -> Work:
+def plan_work(tasks: Iterable[Task], windows: Windows, digests: Digests, cache: Cache[Row]) -> Work:
     """What is to be done for ``tasks``."""
     keys = {task: digests.key(task) for task in tasks}
     todo = {key: task for task, key in keys.items() if cache.get(key) is None}
@@ -35,7 +35,9 @@ def plan_work(tasks: Iterable[Task], windows: Windows, digests: Digests, cache: 
     return Work(keys, {key: todo[key] for key in sorted(todo, key=lambda key: -costs_s[key])}, costs_s)
 
 
-def perform(work: Work, windows: Windows, cache: Cache, jobs: int, advance: Callable[[float], None]) -> dict[Task, Row]:
+def perform(
+    work: Work, windows: Windows, cache: Cache[Row], jobs: int, advance: Callable[[float], None]
+) -> dict[Task, Row]:
     """The rows of all tasks. ``advance`` hears after each run what it had been expected to take, in seconds of a core.
 
     Raises HyperFlexisError when the system killed a worker.

@@ -19,7 +19,7 @@ more of them. The scenarios named *fast* play one copy all the same, for those w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
@@ -307,14 +307,16 @@ def _times(values: object, factor: float) -> object:
     return [_times(value, factor) for value in values] if isinstance(values, list) else factor * float(str(values))
 
 
-def find_traces(folder: Path) -> dict[str, Path]:
-    """The csv files that the scenarios' workloads name, wherever under ``folder`` they lie.
+def find_traces(folder: Path, workloads: Iterable[str] | None = None) -> dict[str, Path]:
+    """The csv files that ``workloads`` name, or those of the scenarios, wherever under ``folder`` they lie.
 
     Raises ConfigError naming what is missing.
     """
     files = {path.name: path for path in sorted(folder.rglob("*.csv"))}
     found, missing = {}, []
-    for name in sorted({name for scenario in SCENARIOS.values() for name in csv_names(scenario.workload)}):
+    if workloads is None:
+        workloads = {scenario.workload for scenario in SCENARIOS.values()}
+    for name in sorted({name for workload in workloads for name in csv_names(workload)}):
         stem = name.removesuffix(".csv")
         path = next((files[f"{stem}{suffix}.csv"] for suffix in SUFFIXES if f"{stem}{suffix}.csv" in files), None)
         if path is None:

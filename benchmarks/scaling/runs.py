@@ -11,10 +11,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
 
-import hyperflexis
 from hyperflexis.bench import load_workload
 from hyperflexis.core.profile import Profile
 from hyperflexis.engines.profiles import load_profile, shipped_profiles
@@ -27,9 +25,9 @@ from hyperflexis.sim.workload import Arrival, Workload, generate
 from hyperflexis.simulate_options import parse_start
 from hyperflexis.worker_pool import performed
 
+from ..experiments.cache import Cache, Files, digest_of
 from ..experiments.scenarios import WORKLOADS, csv_names
 
-PACKAGE = Path(hyperflexis.__file__).parent
 SOURCES = ("core", "policy", "sim", "batcher.py", "controller.py", "kv_blocks.py", "loading.py", "scaling.py")
 """Of the package: what a run's figures depend on."""
 TARGET = 0.99
@@ -132,53 +130,37 @@ def _config(task: Task, profile: Profile, demand: list[float]) -> SimConfig:
 
 
 class Runs:
-    """Rows by task, kept as JSON lines in ``path``, which only grows."""
+    """Rows by task, performed once and kept in ``path``; see Cache."""
 
     def __init__(self, traces: Traces, path: Path, jobs: int) -> None:
-        self._traces, self._path, self._jobs = traces, path, jobs
-        self._files: dict[Path, str] = {}
-        files = sorted(file for part in SOURCES for file in _python_files(PACKAGE / part))
-        self.sources = self._all([*files, Path(__file__)])
-        lines = path.read_text().splitlines() if path.exists() else []
-        self._rows = {found["key"]: Row(**found["row"]) for found in map(json.loads, lines)}
+        self._traces, self._jobs = traces, jobs
+        self._cache = Cache(path, lambda row: Row(**row))
+        self._files = Files()
+        self.sources = self._files.code(SOURCES, [Path(__file__)])
         self.used: dict[Task, Row] = {}
 
     def __call__(self, tasks: Iterable[Task]) -> list[Row]:
         """The row of each task; those that are not known are performed, and kept at once."""
         wanted = list(tasks)
         keys = {task: self._key(task) for task in wanted}
-        missing = [task for task in keys if keys[task] not in self._rows]
+        found = {task: row for task, key in keys.items() if (row := self._cache.get(key)) is not None}
+        missing = [task for task in keys if task not in found]
         with performed(_measurer, self._traces, missing, self._jobs) as rows:
             for task, row in rows:
-                self._rows[keys[task]] = row
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                with self._path.open("a") as file:
-                    file.write(json.dumps({"key": keys[task], "task": asdict(task), "row": asdict(row)}) + "\n")
+                found[task] = row
+                self._cache.put(keys[task], task.scaler, row)
                 what = f"{task.scaler or 'fixed'} {task.start}, {task.first} at first, seed {task.seed}"
                 figures = f"{100 * row.attainment:.2f}%, {row.instances:.2f} instances, {row.cpu_s:.0f} s"
                 print(f"  {task.workload}{' lax' * task.lax}: {what}: {figures}", flush=True)
-        self.used |= {task: self._rows[key] for task, key in keys.items()}
-        return [self._rows[keys[task]] for task in wanted]
+        self.used |= {task: found[task] for task in keys}
+        return [found[task] for task in wanted]
 
     def _key(self, task: Task) -> str:
         files = [WORKLOADS / task.workload, shipped_profiles()[task.profile]]
         files += [self._traces.files[name] for name in sorted(csv_names(task.workload))]
-        return _digest(f"{json.dumps(asdict(task), sort_keys=True)} {self.sources} {self._all(files)}".encode())
-
-    def _all(self, files: Iterable[Path]) -> str:
-        for path in (files := list(files)):
-            if path not in self._files:
-                self._files[path] = _digest(path.read_bytes())
-        return _digest(" ".join(self._files[path] for path in files).encode())
+        settings = json.dumps(asdict(task), sort_keys=True)
+        return digest_of(f"{settings} {self.sources} {self._files.digest(files)}".encode())
 
 
 def _measurer(traces: Traces) -> Callable[[Task], Row]:
     return partial(measure, traces)
-
-
-def _python_files(path: Path) -> list[Path]:
-    return sorted(path.rglob("*.py")) if path.is_dir() else [path]
-
-
-def _digest(content: bytes) -> str:
-    return blake2b(content, digest_size=16).hexdigest()

@@ -70,18 +70,18 @@ def test_a_row_is_read_back_as_it_was_written() -> None:
 
 def test_a_cache_outlives_an_interrupted_line(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
-    cache = Cache(path)
+    cache = Cache(path, row_from_dict)
     cache.put("a", "edf@512", row())
     cache.put("b", "edf@512", row(cpu_s=3.0))
     path.write_text(path.read_text()[:-40])
-    found = Cache(path)
+    found = Cache(path, row_from_dict)
     assert found.get("a") == row() and found.get("b") is None
     found.put("b", "edf@512", row())
-    assert Cache(path).get("b") == row()
+    assert Cache(path, row_from_dict).get("b") == row()
 
 
 def test_costs_are_those_of_earlier_runs_of_the_policy(tmp_path: Path) -> None:
-    cache = Cache(tmp_path / "runs.jsonl")
+    cache = Cache(tmp_path / "runs.jsonl", row_from_dict)
     cache.put("a", "edf@512", row(cpu_s=4.0))
     assert cache.request_s("edf@1024") == pytest.approx(1.0)
     assert cache.request_s("round_robin") != cache.request_s("edf")
@@ -110,13 +110,13 @@ def test_other_sources_make_another_key(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_run_is_performed_once(tmp_path: Path) -> None:
     windows, digests, path = Windows({}), Digests({}), tmp_path / "runs.jsonl"
     heard: list[float] = []
-    work = plan_work([TASK, TASK], windows, digests, Cache(path))
+    work = plan_work([TASK, TASK], windows, digests, Cache(path, row_from_dict))
     assert list(work.todo.values()) == [TASK] and sum(work.cpu_s.values()) > 0.0
-    rows = perform(work, windows, Cache(path), 1, heard.append)
+    rows = perform(work, windows, Cache(path, row_from_dict), 1, heard.append)
     assert len(heard) == 1 and rows[TASK].requests > 10
-    again = plan_work([TASK], windows, digests, Cache(path))
+    again = plan_work([TASK], windows, digests, Cache(path, row_from_dict))
     assert not again.todo
-    assert perform(again, windows, Cache(path), 1, heard.append) == rows and len(heard) == 1
+    assert perform(again, windows, Cache(path, row_from_dict), 1, heard.append) == rows and len(heard) == 1
 
 
 def test_a_run_repeats_itself() -> None:
