@@ -450,7 +450,8 @@ class Controller:
                 self._scaling.leaves(instance.id)
         elif not self.cluster.ready(instance.info.model):
             limit_s = None  # what can go nowhere else runs to its end here
-        return [*others, Drain(instance.id, instance.info.epoch, limit_s, event.on)]
+        reason = "its machine will be gone" if event.hard else "a person asks for it"
+        return [*others, Drain(instance.id, instance.info.epoch, limit_s, reason, event.on)]
 
     def _stop_placing(self, instance: TrackedInstance, now: float) -> list[Effect]:
         if instance.state is InstanceState.LOADING:

@@ -220,9 +220,9 @@ def _decision(decision: do.Decision, expected_tokens: float) -> str:
 
 def _drained(effect: do.Drain) -> str:
     if not effect.on:
-        return "takes requests again"
+        return f"takes requests again: {effect.reason}"
     limit = "" if effect.limit_s is None else f"; what still runs after {effect.limit_s:g} s goes on elsewhere"
-    return f"takes nothing new{limit}" + (", and is stopped when it is empty" if effect.ends else "")
+    return f"takes nothing new{limit}{', and is stopped when it is empty' if effect.ends else ''}: {effect.reason}"
 
 
 def _planned(effect: do.Planned) -> str:

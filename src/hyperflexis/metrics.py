@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
-from .core.effects import Planned
+from .core.effects import Cause, Planned
 from .core.instance import InstanceReport
 from .core.launch import Phase
 from .core.slo import Slo
@@ -233,13 +233,22 @@ def _scaling(scaled: Mapping[str, Scaling]) -> Iterator[Metric]:
             states.add_metric([model, state], number)
         for phase, (count, seconds) in one.phases.items():
             launches.add_metric([model, phase], count, seconds)
+    causes = GaugeMetricFamily(
+        "hyperflexis_scale_cause",
+        "1 for what decides the desired instances, 0 for the others",
+        labels=["model", "cause"],
+    )
+    plans = {model: one.planned for model, one in scaled.items() if one.planned is not None}
+    for model, plan in plans.items():
+        for cause in get_args(Cause):
+            causes.add_metric([model, cause], float(plan.cause == cause))
     yield states
     yield launches
+    yield causes
     for name, text, read in _PLAN_GAUGES:
         family = GaugeMetricFamily(f"hyperflexis_scale_{name}", text, labels=["model"])
-        for model, one in scaled.items():
-            if one.planned is not None:
-                family.add_metric([model], read(one.planned))
+        for model, plan in plans.items():
+            family.add_metric([model], read(plan))
         yield family
 
 

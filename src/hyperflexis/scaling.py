@@ -280,6 +280,7 @@ class Scaling:
                     round(wish.margin, 3),
                     round(ahead.horizon_s, 3),
                     round(ahead.error, 4),
+                    wish.cause,
                     wish.reason,
                 )
             )
@@ -375,7 +376,7 @@ class Scaling:
             instance = min(self._surplus(ready, wish), key=lambda one: (len(one.requests), one.id))
             instance.move(InstanceState.DRAINING)
             self.memory = replace(self.memory, drains=(*self.memory.drains, instance.id))
-            effects.append(Drain(instance.id, instance.info.epoch, None, ends=True))
+            effects.append(Drain(instance.id, instance.info.epoch, None, wish.reason, ends=True))
         return effects
 
     def _surplus(self, ready: list[TrackedInstance], wish: Wish) -> list[TrackedInstance]:
@@ -405,7 +406,7 @@ class Scaling:
         for instance in sorted(ours, key=lambda one: (-len(one.requests), one.id))[:count]:
             instance.move(InstanceState.READY)
             self.memory = replace(self.memory, drains=tuple(id for id in self.memory.drains if id != instance.id))
-            effects.append(Drain(instance.id, instance.info.epoch, None, on=False))
+            effects.append(Drain(instance.id, instance.info.epoch, None, wish.reason, on=False))
         shells = [
             one for one in self._launches(cluster, scale.model) if one.shell and one.state is InstanceState.STANDBY
         ]

@@ -37,7 +37,7 @@ from .core.instance import InstanceReport
 from .core.links import KvSource
 from .errors import ProtocolError
 
-VERSION = 5
+VERSION = 6
 MAX_FRAME = 64 << 20
 HIGH_WATER = 8 << 20
 

@@ -164,6 +164,7 @@ def test_a_fleet_follows_a_step_up_and_down_and_no_stream_fails(
     streams.check()
     more.check()
     assert fleet.metric("scale_held_instances") == 2
+    assert fleet.metric("scale_cause", cause="asked") == 1 and fleet.metric("scale_cause", cause="rule") == 0
     assert fleet.metric("launch_seconds_count", phase="weights") >= 6
     assert fleet.metric("launch_seconds_sum", phase="engine_init") > 0.0
     assert fleet.run("scale", "tiny", "auto") == 0

@@ -103,7 +103,7 @@ def test_what_is_granted_and_held_is_within_all_limits(
     granted = bound(wishes, config)
     memories = {name: ModelMemory(grants=((0.0, 60),)) for name in wishes}
     ahead, _ = desired(Seen(1.0, Sample(1.0), 0, 0, 0, 0, 0.0, 0.0, 60.0), scales[0], ModelMemory())
-    asked = {name: Wish(wish, 300.0, 0.0, ahead.forecast, "") for name, wish in wishes.items()}
+    asked = {name: Wish(wish, 300.0, 0.0, ahead.forecast, "demand", "") for name, wish in wishes.items()}
     held, _ = hold(1.0, granted, dict.fromkeys(wishes, 60), asked, memories, config)
     for scale in scales:
         assert granted[scale.model] <= held[scale.model] <= scale.most

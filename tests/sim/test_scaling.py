@@ -130,6 +130,7 @@ def test_a_fleet_follows_its_load_up_and_down_and_loses_nothing():
     assert not lost(result)
     assert result.accelerator_s < 0.75 * max(held) * result.run.ended_s
     assert all(plan.reason for _, plan in watch.plans)
+    assert watch.plans[30][1].cause == "demand"
 
 
 def test_the_same_seed_gives_the_same_log_and_another_another():

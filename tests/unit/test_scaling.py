@@ -63,7 +63,7 @@ def test_a_plan_is_made_once_a_second_and_says_why():
     effects = tick(c, 1.0, 1.25, 1.5, 2.0)
     plans = of(Planned, effects)
     assert [plan.held for plan in plans] == [2, 2]
-    assert plans[0].reason == "always 2"
+    assert (plans[0].cause, plans[0].reason) == ("rule", "always 2")
 
 
 def test_new_instances_get_their_weights_from_others_where_that_is_quicker():
@@ -286,9 +286,10 @@ def test_nothing_is_planned_before_the_launcher_has_said_what_runs():
     }
     (plan,) = of(Planned, tick(c, 3.1))
     assert (plan.instances, plan.held, plan.reason) == (2, 3, "3 were asked for"), "as people wanted it before"
+    assert plan.cause == "asked"
     c.handle(ScaleAsked("m", 0), 3.5)
     effects = tick(c, 4.1)
-    assert [drain.instance for drain in of(Drain, effects)] == ["m-4"]
+    assert [(drain.instance, drain.reason) for drain in of(Drain, effects)] == [("m-4", "0 were asked for")]
     assert "m-5" not in [stop.instance for stop in of(StopInstance, effects)], "it may serve already"
     c.handle(InstanceJoined(info("m-5"), served=True), 4.2)
     assert not c.scaling.start_s, "how long ago that began is not known"

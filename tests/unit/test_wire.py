@@ -20,7 +20,7 @@ REQUEST = Request("r", "m", "t", "chat", Slo(0.5, None, 3.0), 2.0, 100, 50, (1, 
 REPORT = InstanceReport("i", 1, 2, 3, 4, 5, 6, 7, 8, 9, 1.5, COEFFICIENTS, (RequestProgress("r", 10, 2),))
 INFO = InstanceInfo("i", 1, "m", "h100", "unix:/s", "emulated", 4096, 8192, 8, 512, True, COEFFICIENTS)
 DECISION = effects.Decision("p", 3, True, 1.0, 0.2, 0.3, 1.4, 0.1, "note")
-PLANNED = effects.Planned("m", 1, 2, 2, 0.5, 0.8, 3.0, 0.1, "demand")
+PLANNED = effects.Planned("m", 1, 2, 2, 0.5, 0.8, 3.0, 0.1, "demand", "demand 0.50")
 LAUNCH = effects.Launch("m-1", "m", "d2d", False, None, ("node-1",), "demand")
 MESSAGES = [
     wire.Hello(wire.VERSION, "gateway", "g", 3, "secret"),
@@ -41,7 +41,7 @@ MESSAGES = [
     effects.Evacuate("i", 1, "it hangs", True),
     wire.Fleet({"m": wire.ModelStatus(["i"], 4096, True)}, [REPORT], {"j": "draining"}),
     wire.Fleet({}, [], scaled={"m": wire.Scaled(0, 4, None, PLANNED, {"ready": 1}, {"process": (2, 1.5)})}),
-    effects.Drain("i", 4, 30.0),
+    effects.Drain("i", 4, 30.0, "a person asks for it"),
     events.DrainAsked("i", None, False),
     events.InstanceDraining("i", 4, 28.0),
     events.PrefillEnding("r", "i", 4, 0.02),

@@ -136,6 +136,7 @@ class Drain:
     instance: str
     epoch: int
     limit_s: float | None
+    reason: str
     on: bool = True
     ends: bool = False
 
@@ -166,13 +167,20 @@ class StopInstance:
     reason: str
 
 
+Cause = Literal["demand", "surges", "kv", "waiting", "idle", "asked", "rule"]
+"""What decides how many instances a model should have: its demand and what is kept for chance; surges that a start is
+too slow for; the KV in use; requests that wait while there is no instance; that nothing comes any more; a person; the
+rule of a baseline."""
+
+
 @dataclass(frozen=True, slots=True)
 class Planned:
     """How many instances a model is to have: once a second and model, for the journal, metrics and people.
 
-    ``instances`` are there or on their way, without those that drain. ``desired`` is what the demand asks for, ``held``
-    what is kept, within all limits. ``demand`` is in instances, ``margin`` in square roots of it; ``error`` is the mean
-    relative error of what was forecast ``horizon_s``, the time that a start takes, ahead."""
+    ``instances`` are there or on their way, without those that drain. ``desired`` is what ``cause`` asks for, which
+    ``reason`` has in figures, ``held`` what is kept, within all limits. ``demand`` is in instances, ``margin`` in
+    square roots of it; ``error`` is the mean relative error of what was forecast ``horizon_s``, the time that a start
+    takes, ahead."""
 
     model: str
     instances: int
@@ -182,6 +190,7 @@ class Planned:
     margin: float
     horizon_s: float
     error: float
+    cause: Cause
     reason: str
 
 

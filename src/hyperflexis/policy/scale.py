@@ -27,6 +27,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil, sqrt
 
 from ..core.demand import Sample
+from ..core.effects import Cause
 from ..core.latency import Coefficients
 from ..core.launch import Means
 from ..core.weights import WeightSource
@@ -129,6 +130,7 @@ class Wish:
     hold_s: float
     margin: float
     forecast: Forecast
+    cause: Cause
     reason: str
     prefill: float = 0.0
     decode: float = 0.0
@@ -149,26 +151,29 @@ def desired(seen: Seen, scale: ModelScale, memory: ModelMemory) -> tuple[Wish, M
         beta += GAIN * (sample.misses - (1.0 - scale.target) * sample.outcomes) / max(rate, 1.0 / RATE_S)
         beta = min(max(beta, LEAST_BETA), MOST_BETA)
     need = _with_margin(ahead.level, ahead.surge, beta)
+    cause: Cause = "demand"
     reason = f"demand {ahead.level:.2f}, surges {ahead.surge:.2f}, margin {beta:.2f}"
     hold_s = _hold_s(seen.start_s, history.count)
     if ahead.surge > GUARD * sqrt(max(ahead.usual, LEAST_LEVEL)):
         hold_s = WINDOW_S
         need = max(enough(ahead.shares, LOST * (1.0 - scale.target)) + (beta - FIRST_BETA) * sqrt(ahead.usual), 0.0)
+        cause = "surges"
         reason = f"{need:.2f}, held for half an hour: demand surges by {ahead.surge:.2f} within a start"
     if seen.kv / KV_SHARE > need:
         need = seen.kv / KV_SHARE
-        reason = f"KV in use fills {seen.kv:.2f} caches"
+        cause, reason = "kv", f"KV in use fills {seen.kv:.2f} caches"
     idle_s = 0.0 if sample.arrivals or seen.ongoing else memory.idle_s + EVERY_S
     if idle_s >= IDLE_S:
-        need, reason = 0.0, f"nothing has come for {idle_s:.0f} s"
+        need, cause, reason = 0.0, "idle", f"nothing has come for {idle_s:.0f} s"
     count = ceil(need - 1e-9)
     if not count and seen.held:
-        count, reason = 1, f"{seen.held} requests wait"
+        count, cause, reason = 1, "waiting", f"{seen.held} requests wait"
     if count < seen.instances:
         count = min(seen.instances, max(count, ceil(SPARE * need - 1e-9)))
     memory = replace(memory, history=history, beta=beta, rate=rate, idle_s=idle_s)
     prefill, decode = (_with_margin(side, ahead.surge, beta) for side in (ahead.prefill, ahead.decode))
-    return Wish(count, hold_s, beta, ahead, reason, prefill, decode, 1.0 + QUIET_NOISE * ahead.noise), memory
+    quiet = 1.0 + QUIET_NOISE * ahead.noise
+    return Wish(count, hold_s, beta, ahead, cause, reason, prefill, decode, quiet), memory
 
 
 def _with_margin(level: float, surge: float, beta: float) -> float:
@@ -242,7 +247,7 @@ def with_override(wish: Wish, asked: int | None) -> Wish:
     """What a person wants counts instead."""
     if asked is None:
         return wish
-    return replace(wish, instances=asked, hold_s=0.0, quiet=0.0, reason=f"{asked} were asked for")
+    return replace(wish, instances=asked, hold_s=0.0, quiet=0.0, cause="asked", reason=f"{asked} were asked for")
 
 
 def more_prefill(wish: Wish, prefill: float, decode: float) -> bool:

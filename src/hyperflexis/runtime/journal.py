@@ -24,7 +24,7 @@ from ..core.effects import Decision, Effect
 from ..core.events import Event
 from ..errors import ProtocolError
 
-VERSION = 1
+VERSION = 2
 _log = logging.getLogger(__name__)
 _EVENTS: dict[str, type] = {kind.__name__: kind for kind in get_args(Event)}
 _EFFECTS: dict[str, type] = {kind.__name__: kind for kind in get_args(Effect)}

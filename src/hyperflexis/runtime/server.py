@@ -286,7 +286,8 @@ class Server:
                 self._instances[effect.instance].notice = effect.reason
                 self.broadcast()
             case Drain():
-                _log.info("instance %s %s", effect.instance, "drains" if effect.on else "takes requests again")
+                what = "drains" if effect.on else "takes requests again"
+                _log.info("instance %s %s: %s", effect.instance, what, effect.reason)
                 instance = self._instances[effect.instance]
                 instance.notice = "it is draining"
                 instance.link.send(effect)

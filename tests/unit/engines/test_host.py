@@ -272,10 +272,10 @@ async def test_drain_refuses_the_new_for_this_epoch_only(address: str, tmp_path:
         gateway = await gateway_at(address)
         gateway.links[0].send(generate(1, 200))
         await gateway.until(lambda: gateway.tokens(1))
-        controller.links[0].send(Drain("i0", 7, None))
+        controller.links[0].send(Drain("i0", 7, None, "a test"))
         gateway.links[0].send(generate(2))
         assert (await gateway.until(lambda: gateway.finish(2))).reason == "length"
-        controller.links[0].send(Drain("i0", 1, None))
+        controller.links[0].send(Drain("i0", 1, None, "a test"))
         assert (await gateway.until(lambda: gateway.finish(1))).reason == "length"
         async with asyncio.timeout(LIMIT_S):
             await host.drained()
@@ -294,7 +294,7 @@ async def test_a_drain_gives_streams_back_at_its_limit_and_can_be_taken_back(add
         gateway = await gateway_at(address)
         gateway.links[0].send(generate(1, 450))
         await gateway.until(lambda: gateway.tokens(1))
-        controller.links[0].send(Drain("i1", 1, 0.05))
+        controller.links[0].send(Drain("i1", 1, 0.05, "a test"))
         assert (await gateway.until(lambda: gateway.finish(1))).reason == "moved"
         assert len(gateway.tokens(1)) < 450
         gateway.links[0].send(generate(2))
@@ -306,13 +306,13 @@ async def test_a_drain_gives_streams_back_at_its_limit_and_can_be_taken_back(add
             (False, False),
             (True, False),
         ]
-        controller.links[-1].send(Drain("i1", 1, None, ends=True))
+        controller.links[-1].send(Drain("i1", 1, None, "a test", ends=True))
         gateway.links[0].send(generate(4))
         await gateway.until(lambda: gateway.finish(4))
         controller.links[-1].close("and another")
         await controller.until(lambda: len(controller.of(InstanceJoined)) == 3)
         assert controller.of(InstanceJoined)[-1].ends, "whose drain it is outlives the controller"
-        controller.links[-1].send(Drain("i1", 1, None, on=False))
+        controller.links[-1].send(Drain("i1", 1, None, "a test", on=False))
         gateway.links[0].send(generate(3))
         assert (await gateway.until(lambda: gateway.finish(3))).reason == "length"
     server.close()
@@ -375,7 +375,7 @@ async def test_a_role_of_this_epoch_reaches_the_engine(address: str, tmp_path: P
         await controller.until(lambda: controller.of(InstanceJoined))
         for epoch, share in ((7, 0.3), (1, 0.0), (1, 0.5)):
             controller.links[0].send(SetRole("i1", epoch, share, "the load"))
-        controller.links[0].send(Drain("i1", 1, None))
+        controller.links[0].send(Drain("i1", 1, None, "a test"))
         gateway = await gateway_at(address)
 
         async def refused() -> bool:

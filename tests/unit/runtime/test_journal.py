@@ -103,7 +103,7 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes() + b'{"now": 1}\n')
     with pytest.raises(ProtocolError, match=r"journal-000001\.jsonl:2"):
         read(file)
-    file.write_bytes(file.read_bytes().replace(b'"version":1', b'"version":9'))
+    file.write_bytes(file.read_bytes().replace(b'"version":%d' % VERSION, b'"version":999'))
     with pytest.raises(ProtocolError, match=r"journal-000001\.jsonl:1.*version"):
         read(file)
 

@@ -119,6 +119,6 @@ def _policy(wish: Callable[[Seen, ModelMemory], tuple[int, ModelMemory, str]], h
         ahead: Forecast
         ahead, history = forecast(memory.history, seen.sample, seen.start_s)
         count, memory, reason = wish(seen, replace(memory, history=history))
-        return Wish(count, hold_s, 0.0, ahead, reason), memory
+        return Wish(count, hold_s, 0.0, ahead, "rule", reason), memory
 
     return policy
