@@ -39,7 +39,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from common import RESULTS, environment, write_results
 from hyperflexis.controller import Controller, ControllerConfig
 from hyperflexis.core.latency import Coefficients
-from hyperflexis.engines.base import Emission, EngineInfo, EngineReport, Sink
+from hyperflexis.engines.base import Emission, EngineInfo, EngineReport, EngineStart
 from hyperflexis.engines.host import InstanceIdentity, run_instance
 from hyperflexis.gateway.config import GatewayConfig
 from hyperflexis.gateway.server import serve
@@ -61,8 +61,8 @@ class MockEngine:
         self._ticking = False
         self._token = 300
 
-    async def start(self, sink: Sink) -> EngineInfo:
-        self._sink = sink
+    async def start(self, start: EngineStart) -> EngineInfo:
+        self._sink = start.sink
         self._loop = asyncio.get_running_loop()
         return EngineInfo("m", "mock", "none", 8192, 1 << 24, 4096, 8192, True, LATENCY)
 

@@ -41,7 +41,7 @@ from common import RESULTS, command, environment, write_results
 from hyperflexis import wire
 from hyperflexis.core.links import KvSource
 from hyperflexis.core.transfer import Piece
-from hyperflexis.engines.base import Emission
+from hyperflexis.engines.base import Emission, EngineStart
 from hyperflexis.engines.torch.engine import TorchConfig, TorchEngine
 from hyperflexis.engines.torch.runner import Runner, Work
 from hyperflexis.engines.torch.sampler import Drawn
@@ -127,7 +127,8 @@ class Source:
         self._moved = asyncio.Event()
 
     async def start(self) -> KvSource:
-        info = await self.engine.start(self.sink, lambda request_id, left_s: self.ask(request_id), "source", 1)
+        start = EngineStart(self.sink, "source", 1, ending=lambda request_id, left_s: self.ask(request_id))
+        info = await self.engine.start(start)
         self.engine._runner = Traced(self.engine._runner, self.trace)
         device = self.engine._handoffs._device
         give = device.give

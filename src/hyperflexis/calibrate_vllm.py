@@ -25,7 +25,7 @@ from statistics import median
 from typing import NamedTuple
 
 from .calibrate_fit import Sample
-from .engines.base import Emission, Engine, EngineInfo
+from .engines.base import Emission, Engine, EngineInfo, EngineStart
 from .errors import HyperFlexisError
 from .wire import Generate, Sampling, pack_ids
 
@@ -114,7 +114,7 @@ async def measure(engine: Engine, rounds: int, progress: Callable[[int], None], 
     """Start the adapter, and time ``rounds`` times each shape that fits its server, in turns. ``progress`` is called
     with the rounds done. Raises HyperFlexisError when the server is not there or fails."""
     client = _Client(engine, seed)
-    info = await engine.start(client.sink)
+    info = await engine.start(EngineStart(client.sink))
     try:
         wanted = shapes(info.max_batch, info.max_batch_tokens, info.context_length, info.kv_capacity_tokens)
         seconds: dict[Shape, list[float]] = {shape: [] for shape in wanted}

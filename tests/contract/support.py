@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from hyperflexis.core.latency import Coefficients
 from hyperflexis.core.links import KvSource
 from hyperflexis.core.profile import Domain, Profile
-from hyperflexis.engines.base import Emission, Engine, EngineInfo
+from hyperflexis.engines.base import Emission, Engine, EngineInfo, EngineStart
 from hyperflexis.engines.emulated import EmulatedConfig, EmulatedEngine
 from hyperflexis.policy.catalog import STEPS
 from hyperflexis.wire import Generate, Sampling, TokenLogprob, pack_ids
@@ -123,7 +123,8 @@ class Driver:
 async def driven(engine: Engine, name: str = "", standby: bool = False) -> AsyncIterator[Driver]:
     """A started engine; it is epoch 1 of instance ``name``."""
     driver = Driver(engine)
-    driver.info = await engine.start(driver.sink, lambda *ending: driver.ending(*ending), name, 1, standby=standby)
+    start = EngineStart(driver.sink, name, 1, standby, lambda *ending: driver.ending(*ending))
+    driver.info = await engine.start(start)
     try:
         yield driver
     finally:

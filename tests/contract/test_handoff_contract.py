@@ -15,7 +15,7 @@ from tests.contract.relay import Relay
 from tests.contract.support import LIMIT_S, Driver, Stream, driven, emulated
 
 from hyperflexis.core.links import KvSource
-from hyperflexis.engines.base import Engine
+from hyperflexis.engines.base import Engine, EngineStart
 from hyperflexis.errors import HyperFlexisError
 from hyperflexis.policy.catalog import STEPS
 from hyperflexis.wire import Sampling
@@ -337,7 +337,7 @@ async def test_who_may_not_have_kv_or_cannot_use_it_gets_none(make_one: Make, di
 async def test_an_address_that_cannot_be_listened_at_is_named(make_one: Make) -> None:
     engine = make_one(kv_listen="unix:/nowhere/kv")
     with pytest.raises(HyperFlexisError, match=r"unix:/nowhere/kv.*kv_listen"):
-        await engine.start(lambda emissions: None)
+        await engine.start(EngineStart(lambda emissions: None))
     await engine.stop()
 
 

@@ -13,7 +13,7 @@ import torch
 from tests.unit.engines.torch.attention_case import mixed_batch
 
 from hyperflexis.core.weights import LoadWeights, Manifest, WeightSource
-from hyperflexis.engines.base import Emission
+from hyperflexis.engines.base import Emission, EngineStart
 from hyperflexis.engines.torch.attention import Span
 from hyperflexis.engines.torch.config import load_config
 from hyperflexis.engines.torch.device import DeviceArena
@@ -78,7 +78,7 @@ async def run(model: Path, dtype: str, prompts: list[list[int]], sampling: Sampl
 
     config = TorchConfig("m", model, STEPS["hyperflexis"], device="cuda", dtype=dtype, kv_tokens=16384)
     engine = TorchEngine(config)
-    info = await engine.start(sink)
+    info = await engine.start(EngineStart(sink))
     assert info.latency.decode_s(1, 1) > 0.0
     for key, prompt in enumerate(prompts):
         engine.generate(key, Generate(key, str(key), 1, pack_ids(prompt), sampling))
@@ -167,9 +167,9 @@ def test_weights_get_from_one_device_to_another_over_nccl() -> None:
 async def test_a_standby_on_the_device_computes_what_its_source_does(model: Path, tmp_path: Path) -> None:
     config = TorchConfig("m", model, STEPS["hyperflexis"], device="cuda", dtype="float32", kv_tokens=4096)
     source = TorchEngine(replace(config, weights_listen=f"unix:{tmp_path}/w"))
-    info = await source.start(lambda _: None, instance="a", epoch=1)
+    info = await source.start(EngineStart(lambda _: None, "a", 1))
     shell = TorchEngine(config)
-    await shell.start(lambda _: None, instance="b", epoch=1, standby=True)
+    await shell.start(EngineStart(lambda _: None, "b", 1, standby=True))
     loaded = await shell.load(LoadWeights("b", 1, (WeightSource(info.weights_address, "a", 1),), info.weights_digest))
     await source.stop()
     await shell.stop()

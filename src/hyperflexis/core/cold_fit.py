@@ -59,9 +59,8 @@ class ColdFit:
         if not 0.0 < seconds < inf:
             return
         self._seen += 1
-        theta = self._theta
-        row = (1.0, prefill_tokens, attention, decodes, kv_tokens)
-        predicted = sum([c * x for c, x in zip(theta, row, strict=True)])
+        c0, c1, c2, c3, c4 = self._theta
+        predicted = c0 + c1 * prefill_tokens + c2 * attention + c3 * decodes + c4 * kv_tokens
         self._fast = self._fast + 1 if seconds < TOO_FAST * predicted else 0
         if self._fast >= FAST_PATIENCE:
             self._begin()
@@ -69,27 +68,32 @@ class ColdFit:
         error = (seconds - predicted) / weight_s
         if self._seen > self._known_at:
             error = min(error, 1.0)
-        self._update([k * x / weight_s for k, x in zip(self._scale, row, strict=True)], error)
+        s0, s1, s2, s3, s4 = [scale / weight_s for scale in self._scale]
+        self._update((s0, s1 * prefill_tokens, s2 * attention, s3 * decodes, s4 * kv_tokens), error)
         self._q90 = min(max(self._q90 + (0.018 if error > self._q90 else -0.002), 0.0), 1.0)
         if self._seen >= self._refresh_at:
             self._refresh_at += min(self._refresh_every, 1 + self._seen // 8)
-            c0, c1, c2, c3, c4 = theta
+            c0, c1, c2, c3, c4 = self._theta
             self.coefficients = Coefficients(c0, c1, c2, c3, c4, self._q90)
 
-    def _update(self, y: list[float], error: float) -> None:
+    def _update(self, y: tuple[float, float, float, float, float], error: float) -> None:
         """``y`` is the observation in units of the guess, over its weight."""
+        # Written out where it can be: it runs in each of a server's steps.
         p, scale, theta = self._p, self._scale, self._theta
-        py = [sum([a * b for a, b in zip(line, y, strict=True)]) for line in p]
-        known = sum([a * b for a, b in zip(py, y, strict=True)])
+        y0, y1, y2, y3, y4 = y
+        py = [a * y0 + b * y1 + c * y2 + d * y3 + e * y4 for a, b, c, d, e in p]
+        q0, q1, q2, q3, q4 = py
+        known = q0 * y0 + q1 * y1 + q2 * y2 + q3 * y3 + q4 * y4
         if known <= 0.0:
             return
         # What is known along y fades, down to what a guess knows of it.
-        faded = min(known / FORGETTING, max(known, self._variance * sum([v * v for v in y])))
+        faded = min(known / FORGETTING, max(known, self._variance * (y0 * y0 + y1 * y1 + y2 * y2 + y3 * y3 + y4 * y4)))
         gain = faded / (known * (faded + NOISE))
         change = (faded - known) / (known * known) - (faded / known) ** 2 / (faded + NOISE)
-        p = self._p = [
-            [v + change * a * b for v, b in zip(line, py, strict=True)] for a, line in zip(py, p, strict=True)
-        ]
+        for line, moved in zip(p, py, strict=True):
+            a, b, c, d, e = line
+            by = change * moved
+            line[:] = a + by * q0, b + by * q1, c + by * q2, d + by * q3, e + by * q4
         for i, moved in enumerate(py):
             theta[i] += gain * moved * error * scale[i]
             shrink = 1.0

@@ -98,6 +98,23 @@ PhaseOver = Callable[[StartPhase, float], None]
 
 
 @dataclass(frozen=True, slots=True)
+class EngineStart:
+    """How an engine is to start, and who hears what of it. It is ``epoch`` of ``instance`` to those that ask it for KV
+    or weights. In ``standby`` it loads all but the weights, and refuses every stream until ``load`` has succeeded.
+
+    ``sink`` gets what streams produce, ``ending`` hears of each request with ``hands_over`` once, when the last chunk
+    of its prompt begins, ``linked`` of each link, ``phase_over`` of what the start consists of."""
+
+    sink: Sink
+    instance: str = ""
+    epoch: int = 0
+    standby: bool = False
+    ending: Ending | None = None
+    linked: Linked | None = None
+    phase_over: PhaseOver | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class EngineReport:
     """Counters over the engine's life and levels now; ``progress`` covers requests that moved since the last call."""
 
@@ -117,21 +134,8 @@ class EngineReport:
 class Engine(Protocol):
     """One engine serving one copy of a model's weights."""
 
-    async def start(
-        self,
-        sink: Sink,
-        ending: Ending | None = None,
-        instance: str = "",
-        epoch: int = 0,
-        linked: Linked | None = None,
-        standby: bool = False,
-        phase_over: PhaseOver | None = None,
-    ) -> EngineInfo:
-        """Load and warm up; in ``standby`` all but the weights, and refuse every stream until ``load`` has succeeded.
-        ``ending`` hears of each request with ``hands_over`` once, when the last chunk of its prompt begins, ``linked``
-        of each link, ``phase_over`` of what the start consists of. The engine is ``epoch`` of ``instance`` to those
-        that ask it for KV or weights.
-        Raises HyperFlexisError with a remedy when the model or the memory does not do."""
+    async def start(self, start: EngineStart) -> EngineInfo:
+        """Load and warm up. Raises HyperFlexisError with a remedy when the model or the memory does not do."""
 
     async def load(self, order: LoadWeights) -> Loaded:
         """Of a standby: get the weights from the first source that gives them, else from disk, see that they compute

@@ -32,7 +32,7 @@ from ..policy.catalog import StepFunctions
 from ..sequences import Sequence
 from ..transfer.kv import Give, Take
 from ..wire import Generate, Sampling, TokenLogprob, pack_ids
-from .base import STANDBY, Emission, Ending, EngineInfo, EngineReport, Linked, Loaded, PhaseOver, Sink
+from .base import STANDBY, Emission, EngineInfo, EngineReport, EngineStart, Linked, Loaded, Sink
 from .driver import finished, report_of, sequence_of
 from .emulated_kv import EmulatedKv, KvHistory
 from .handoff import HandoffConfig, Handoffs
@@ -145,24 +145,15 @@ class EmulatedEngine:
         self._warned_at = float("-inf")
         self._handoffs: Handoffs | None = None
 
-    async def start(
-        self,
-        sink: Sink,
-        ending: Ending | None = None,
-        instance: str = "",
-        epoch: int = 0,
-        linked: Linked | None = None,
-        standby: bool = False,
-        phase_over: PhaseOver | None = None,
-    ) -> EngineInfo:
+    async def start(self, start: EngineStart) -> EngineInfo:
         """Ready at once, unless a start is to take what the profile says: there are no weights."""
-        self._sink = sink
-        self._standby = standby
+        self._sink = start.sink
+        self._standby = start.standby
         self._loop = asyncio.get_running_loop()
-        for phase, seconds in self._phases(standby):
+        for phase, seconds in self._phases(start.standby):
             await asyncio.sleep(seconds)
-            if phase_over is not None:
-                phase_over(phase, seconds)
+            if start.phase_over is not None:
+                start.phase_over(phase, seconds)
         sizes, config = self._sizes, self._config
         self._kv = EmulatedKv(
             f"{config.model} of {config.profile.name}",
@@ -172,13 +163,13 @@ class EmulatedEngine:
             config.kv_link_bytes_per_s,
         )
         self._handoffs = Handoffs(
-            HandoffConfig(config.kv_listen, config.kv_token, instance, epoch),
+            HandoffConfig(config.kv_listen, config.kv_token, start.instance, start.epoch),
             _Device(self._kv),
             self._batcher,
             self._streams,
             self._emit,
-            ending,
-            None if linked is None else partial(self._linked, linked),
+            start.ending,
+            None if start.linked is None else partial(self._linked, start.linked),
             self._wake,
         )
         return EngineInfo(
@@ -193,7 +184,7 @@ class EmulatedEngine:
             latency=self._prior,
             kv_address=self._handoffs.address,
             kv_bytes_per_token=config.profile.kv_bytes_per_token,
-            weights_address="" if self._start is None else f"emulated:{instance}",
+            weights_address="" if self._start is None else f"emulated:{start.instance}",
             weights_digest="" if self._start is None else config.profile.name,
             weights_bytes=config.profile.weight_bytes,
         )

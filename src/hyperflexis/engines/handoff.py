@@ -74,6 +74,15 @@ class HandoffConfig:
     instance: str
     epoch: int
 
+    def serve(
+        self, listen: str, layout: Layout, opened: Callable[[Outgoing], None], settled: Callable[[Outgoing], None]
+    ) -> KvServer:
+        """A KvServer at ``listen``. Raises HyperFlexisError when it cannot be listened at."""
+        try:
+            return KvServer(listen, layout, self.instance, self.epoch, self.token, opened, settled)
+        except (OSError, ValueError) as error:
+            raise HyperFlexisError(f"KV cannot be given at {listen}: {error}; change kv_listen") from error
+
 
 @dataclass(slots=True, eq=False)
 class _Export:
@@ -125,12 +134,7 @@ class Handoffs:
         self._server: KvServer | None = None
         if config.listen is not None:
             opened, settled = partial(self._post, self._opened), partial(self._post, self._settled)
-            try:
-                self._server = KvServer(
-                    config.listen, device.layout, config.instance, config.epoch, config.token, opened, settled
-                )
-            except (OSError, ValueError) as error:
-                raise HyperFlexisError(f"KV cannot be given at {config.listen}: {error}; change kv_listen") from error
+            self._server = config.serve(config.listen, device.layout, opened, settled)
 
     @property
     def address(self) -> str:

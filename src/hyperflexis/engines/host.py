@@ -50,7 +50,7 @@ from ..core.links import KvSource, Link
 from ..core.weights import InstanceStandby, LoadWeights, Phase, SetSendRate, WeightsLoaded
 from ..errors import HyperFlexisError
 from ..fd_limit import raise_fd_limit
-from .base import Emission, Engine, EngineReport
+from .base import Emission, Engine, EngineReport, EngineStart
 
 MAX_STREAMS = 8192
 """Streams open at once; beyond that a request is refused, so that the gateway sends it elsewhere."""
@@ -230,7 +230,7 @@ class InstanceHost:
             self._controller_task = asyncio.create_task(wire.keep_connected(controller, self, self._hello))
         self._phase_over("process", process_s)
         engine = await self.engine.start(
-            self.emit, self.prefill_ends, me.id, me.epoch, self.link_is_known, standby, self._phase_over
+            EngineStart(self.emit, me.id, me.epoch, standby, self.prefill_ends, self.link_is_known, self._phase_over)
         )
         self._started = True
         try:

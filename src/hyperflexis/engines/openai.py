@@ -33,7 +33,7 @@ from ..core.profile import Profile
 from ..core.weights import LoadWeights
 from ..errors import HyperFlexisError, ProtocolError
 from ..wire import Generate, unpack_ids
-from .base import STANDBY, Emission, Ending, EngineInfo, EngineReport, Linked, Loaded, PhaseOver, Sink
+from .base import STANDBY, Emission, EngineInfo, EngineReport, EngineStart, Loaded
 from .openai_answer import CARDS, EVENT, Card, Event, Events, Usage, error_message, is_set, token_logprobs_of
 
 CONNECT_S = 5.0
@@ -158,23 +158,14 @@ class OpenAIEngine:
         self._failure: str | None = None
         self._health: asyncio.Task[None] | None = None
 
-    async def start(
-        self,
-        sink: Sink,
-        ending: Ending | None = None,
-        instance: str = "",
-        epoch: int = 0,
-        linked: Linked | None = None,
-        standby: bool = False,
-        phase_over: PhaseOver | None = None,
-    ) -> EngineInfo:
+    async def start(self, start: EngineStart) -> EngineInfo:
         """Wait for the server and ask what it serves. Its requests are not handed over.
 
         Raises HyperFlexisError when it does not answer in time, refuses the key, does not serve the model, or is to
         speak token ids and cannot.
         """
-        self._sink = sink
-        self._standby = standby
+        self._sink = start.sink
+        self._standby = start.standby
         self._loop = asyncio.get_running_loop()
         config, profile = self._config, self._config.profile
         max_batch = config.max_batch or (profile.max_batch if profile is not None else 256)

@@ -183,7 +183,7 @@ class _Queue(Generic[J]):
         self.newly_late: list[J] = []
         self._start = start = now + latency.c0
         items: list[QueuedJob] = []
-        by_id: dict[str, J] = {}
+        jobs: list[J] = []
         for job in islice(waiting.by_deadline(), MAX_RANKED):
             rank = job.memo
             if not isinstance(rank, _Rank) or rank.latency is not latency or rank.computed != job.computed:
@@ -192,12 +192,14 @@ class _Queue(Generic[J]):
             if start + item.work_s > item.due or job.missed_first:
                 self.newly_late.append(job)
             else:
-                by_id[item.id] = job
+                jobs.append(job)
                 items.append(item)
         self._kept_items = kept = on_time_subset(items, start, share)
-        self._kept = [by_id[item.id] for item in kept]
-        kept_ids = {item.id for item in kept}
-        self._demoted = [by_id[item.id] for item in items if item.id not in kept_ids]
+        self._kept, self._demoted = jobs, []
+        if len(kept) < len(items):
+            kept_ids = {item.id for item in kept}
+            self._kept = [job for job in jobs if job.id in kept_ids]
+            self._demoted = [job for job in jobs if job.id not in kept_ids]
 
     def fits(self, speed: float) -> bool:
         """Whether those that are kept are on time at this speed too."""

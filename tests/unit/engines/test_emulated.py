@@ -14,6 +14,7 @@ from tests.contract.support import LIMIT_S, Driver, driven, emulated, fast_profi
 from hyperflexis.core.links import BYTES_PER_S
 from hyperflexis.core.profile import Start
 from hyperflexis.core.weights import LoadWeights, WeightSource
+from hyperflexis.engines.base import EngineStart
 from hyperflexis.engines.emulated import DIED, END_OF_TEXT, EmulatedConfig, EmulatedEngine, Faults
 from hyperflexis.engines.profiles import load_profile, shipped_profiles
 from hyperflexis.errors import HyperFlexisError
@@ -222,10 +223,12 @@ async def test_a_start_takes_its_share_of_what_the_profile_says() -> None:
         engine, phases = emulated("hyperflexis", profile=profile, start_scale=0.01), []
         began = time.monotonic()
         info = await engine.start(
-            lambda emissions: None,
-            instance="i1",
-            standby=standby,
-            phase_over=lambda *phase, phases=phases: phases.append(phase),
+            EngineStart(
+                lambda emissions: None,
+                instance="i1",
+                standby=standby,
+                phase_over=lambda *phase, phases=phases: phases.append(phase),
+            )
         )
         assert phases == expected and time.monotonic() - began >= sum(seconds for _, seconds in expected)
         assert (info.weights_address, info.weights_digest, info.weights_bytes) == ("emulated:i1", "fast", BYTES_PER_S)
@@ -236,5 +239,5 @@ async def test_a_start_takes_its_share_of_what_the_profile_says() -> None:
                 assert (attempt.path, attempt.problem) == (path, "") and attempt.seconds >= seconds
         await engine.stop()
     engine = emulated("hyperflexis", profile=profile)
-    assert (await engine.start(lambda emissions: None)).weights_address == "", "unless it is asked to"
+    assert (await engine.start(EngineStart(lambda emissions: None))).weights_address == "", "unless it is asked to"
     await engine.stop()

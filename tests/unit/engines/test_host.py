@@ -24,7 +24,7 @@ from hyperflexis.core.events import (
     LaunchProgressed,
     PrefillEnding,
 )
-from hyperflexis.engines.base import EngineInfo
+from hyperflexis.engines.base import EngineInfo, EngineStart
 from hyperflexis.engines.emulated import EmulatedEngine
 from hyperflexis.engines.host import InstanceHost, InstanceIdentity
 from hyperflexis.errors import HyperFlexisError
@@ -324,13 +324,13 @@ class Starts(EmulatedEngine):
     begun: asyncio.Event
     goes: asyncio.Event
 
-    async def start(self, *arguments: Any) -> EngineInfo:
-        phase_over = arguments[-1]
-        phase_over("engine_init", 1.5)
+    async def start(self, start: EngineStart) -> EngineInfo:
+        assert start.phase_over is not None
+        start.phase_over("engine_init", 1.5)
         self.begun.set()
         await self.goes.wait()
-        phase_over("warm_up", 2.5)
-        return await super().start(*arguments)
+        start.phase_over("warm_up", 2.5)
+        return await super().start(start)
 
 
 async def test_controllers_hear_of_a_start_while_it_lasts(address: str, tmp_path: Path) -> None:

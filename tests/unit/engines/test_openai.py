@@ -11,6 +11,7 @@ from tests.contract.openai_server import OpenAIServer
 from tests.contract.support import LIMIT_S, Driver, Stream, driven, fast_profile
 
 from hyperflexis.core.links import KvSource
+from hyperflexis.engines.base import EngineStart
 from hyperflexis.engines.openai import OpenAIConfig, OpenAIEngine
 from hyperflexis.errors import HyperFlexisError
 from hyperflexis.wire import Generate, Sampling, TokenLogprob
@@ -248,7 +249,7 @@ async def test_the_fit_follows_the_servers_pace(server: OpenAIServer) -> None:
 async def test_start_names_what_is_wrong(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:
     async def failure(one: OpenAIEngine) -> str:
         with pytest.raises(HyperFlexisError) as error:
-            await one.start(lambda emissions: None)
+            await one.start(EngineStart(lambda emissions: None))
         return str(error.value)
 
     assert "does not serve 'other'; its models are served" in await failure(engine(server, server_model="other"))

@@ -31,7 +31,7 @@ from ...sequences import Sequence
 from ...transfer.paths import Over
 from ...transfer.tcp import is_local
 from ...wire import Generate
-from ..base import STANDBY, Emission, Ending, EngineInfo, EngineReport, Linked, Loaded, PhaseOver, Sink
+from ..base import STANDBY, Emission, EngineInfo, EngineReport, EngineStart, Loaded, PhaseOver
 from ..driver import finished, report_of, sequence_of
 from ..handoff import HandoffConfig, Handoffs
 from .handoff import TorchDevice
@@ -97,26 +97,18 @@ class TorchEngine:
         self._standby = False
         self._packing = ThreadPoolExecutor(1, "torch-pack", torch.set_num_threads, (config.threads,))
 
-    async def start(
-        self,
-        sink: Sink,
-        ending: Ending | None = None,
-        instance: str = "",
-        epoch: int = 0,
-        linked: Linked | None = None,
-        standby: bool = False,
-        phase_over: PhaseOver | None = None,
-    ) -> EngineInfo:
+    async def start(self, start: EngineStart) -> EngineInfo:
         """Load the weights, unless in standby, measure a few iterations, and take requests from then on."""
-        self._sink = sink
-        self._standby = standby
+        self._sink = start.sink
+        self._standby = start.standby
         config = self._config
         loop = asyncio.get_running_loop()
-        fleet = Fleet(config.weights_listen, config.kv_token, instance, epoch, config.weights_over or "")
+        weights_over = config.weights_over or ""
+        fleet = Fleet(config.weights_listen, config.kv_token, start.instance, start.epoch, weights_over)
 
         def over(phase: StartPhase, seconds: float) -> None:
-            if phase_over is not None:
-                loop.call_soon_threadsafe(phase_over, phase, seconds)
+            if start.phase_over is not None:
+                loop.call_soon_threadsafe(start.phase_over, phase, seconds)
 
         prior, digest = await loop.run_in_executor(self._thread, self._prepare, fleet, over)
         self._runner = self._shell.runner
@@ -127,13 +119,13 @@ class TorchEngine:
         self._batcher = Batcher(sizes, OnlineFit(prior), config.step.plan, config.step.victim)
         device = TorchDevice(model, config.model)
         self._handoffs = Handoffs(
-            HandoffConfig(config.kv_listen, config.kv_token, instance, epoch),
+            HandoffConfig(config.kv_listen, config.kv_token, start.instance, start.epoch),
             device,
             self._batcher,
             self._streams,
-            sink,
-            ending,
-            linked,
+            start.sink,
+            start.ending,
+            start.linked,
             self._wake.set,
         )
         self._task = loop.create_task(self._run())

@@ -35,7 +35,7 @@ from ...policy.step import StepPolicy
 from ...sequences import Sequence
 from ...transfer.links import Refusal
 from ...wire import Generate
-from ..base import Ending, EngineInfo, EngineReport, Linked, Loaded, PhaseOver, Sink
+from ..base import EngineInfo, EngineReport, EngineStart, Loaded
 from ..driver import sequence_of
 from ..handoff import HandoffConfig
 from ..openai import OpenAIConfig, OpenAIEngine, ServerStream
@@ -135,17 +135,8 @@ class VllmEngine(OpenAIEngine):
         self._fetched: dict[object, Fetched] = {}
         self._parked: dict[object, ServerStream] = {}
 
-    async def start(
-        self,
-        sink: Sink,
-        ending: Ending | None = None,
-        instance: str = "",
-        epoch: int = 0,
-        linked: Linked | None = None,
-        standby: bool = False,
-        phase_over: PhaseOver | None = None,
-    ) -> EngineInfo:
-        """Start the server, if that is asked for, and find out what it is. In ``standby`` it has its weights for the
+    async def start(self, start: EngineStart) -> EngineInfo:
+        """Start the server, if that is asked for, and find out what it is. In standby it has its weights for the
         start, and then sleeps.
 
         Raises HyperFlexisError when it ends or does not answer in time, is no vLLM or too old a one, does not serve
@@ -156,10 +147,10 @@ class VllmEngine(OpenAIEngine):
         if recipe is not None:
             reports = await self._reports.open()
             env = {**recipe.env, REPORTS_VARIABLE: reports}
-            self._server = await start_server(replace(recipe, standby=standby, env=env))
+            self._server = await start_server(replace(recipe, standby=start.standby, env=env))
             self._url = self._server.url
             ended = self._server_ended = asyncio.ensure_future(self._server.ended())
-        starting = asyncio.ensure_future(super().start(sink, ending, instance, epoch, linked, standby, phase_over))
+        starting = asyncio.ensure_future(super().start(start))
         try:
             both: set[asyncio.Future[Any]] = {starting} if ended is None else {starting, ended}
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
@@ -177,11 +168,12 @@ class VllmEngine(OpenAIEngine):
         try:
             prompt = min(WARM_UP_TOKENS, info.max_batch_tokens, info.context_length // 2)
             await self._warm_up(prompt, min(WARM_UP_BATCH, info.max_batch))
-            if standby:
+            if start.standby:
                 await self._lie_down()
             if config.kv_listen is not None:
-                handoff = HandoffConfig(config.kv_listen, config.kv_token, instance, epoch)
-                self._handoffs = NixlHandoffs(handoff, f"{info.model} vLLM {self._version}", ending, linked)
+                handoff = HandoffConfig(config.kv_listen, config.kv_token, start.instance, start.epoch)
+                serves = f"{info.model} vLLM {self._version}"
+                self._handoffs = NixlHandoffs(handoff, serves, start.ending, start.linked)
                 self._takes_kv = True
                 size = self._kv_bytes_per_token()
                 info = replace(info, kv_address=self._handoffs.address, kv_bytes_per_token=size, parks=True)

@@ -27,10 +27,9 @@ import msgspec
 
 from ...core.links import KvSource, Link
 from ...core.transfer import SourceState
-from ...errors import HyperFlexisError, ProtocolError
+from ...errors import ProtocolError
 from ...transfer.kv import Failed, Incoming, NeedsRoom, News, Offered, Open, Outgoing, digest_of
 from ...transfer.links import VERSION, Hello, KvLinks, Layout, Refusal
-from ...transfer.server import KvServer
 from ...wire import Generate
 from ..base import Ending, Linked
 from ..handoff import HandoffConfig
@@ -119,12 +118,7 @@ class NixlHandoffs:
             Hello(VERSION, config.token, "", 0, self._layout), partial(self._post, self._link_is_known)
         )
         opened, settled = partial(self._post, self._opened), partial(self._post, self._settled)
-        try:
-            self._server = KvServer(
-                config.listen, self._layout, config.instance, config.epoch, config.token, opened, settled
-            )
-        except (OSError, ValueError) as error:
-            raise HyperFlexisError(f"KV cannot be given at {config.listen}: {error}; change kv_listen") from error
+        self._server = config.serve(config.listen, self._layout, opened, settled)
 
     @property
     def address(self) -> str:

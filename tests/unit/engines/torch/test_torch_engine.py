@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hyperflexis.engines.base import Emission
+from hyperflexis.engines.base import Emission, EngineStart
 from hyperflexis.engines.torch.engine import MAX_FAILURES, TorchConfig, TorchEngine
 from hyperflexis.engines.torch.runner import Runner, Work
 from hyperflexis.engines.torch.sampler import Drawn
@@ -57,7 +57,7 @@ class Client:
 @asynccontextmanager
 async def started(directory: Path) -> AsyncIterator[Client]:
     client = Client(directory)
-    await client.engine.start(client.sink)
+    await client.engine.start(EngineStart(client.sink))
     yield client
     await client.engine.stop()
 
@@ -167,5 +167,5 @@ async def test_seeds_decide_and_requests_without_one_differ(small_model: Path) -
 async def test_a_missing_model_is_an_error_before_anything_runs(tmp_path: Path) -> None:
     client = Client(tmp_path / "nowhere")
     with pytest.raises(HyperFlexisError, match="make-model"):
-        await client.engine.start(client.sink)
+        await client.engine.start(EngineStart(client.sink))
     await client.engine.stop()
