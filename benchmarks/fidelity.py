@@ -88,6 +88,7 @@ class Case:
     target: float
     warm_up_s: float = 0.0
     saturation_s: float = 0.0
+    instances: int = INSTANCES
 
 
 @dataclass(frozen=True)
@@ -164,9 +165,8 @@ def drive(case: Case, folder: Path, profile: Profile, args: argparse.Namespace) 
     model = case.model(folder)
     workload = load_workload(ROOT / "benchmarks" / "workloads" / case.workload)
     probe = WorkloadClass(PROBE, Slo())
-    fleet = FleetProcess(
-        POLICY, folder / "fleet", model, INSTANCES, replace(workload, classes=(*workload.classes, probe))
-    )
+    classes = (*workload.classes, probe)
+    fleet = FleetProcess(POLICY, folder / "fleet", model, case.instances, replace(workload, classes=classes))
     target = Target(fleet.url, str(model["name"]), {}, classes=frozenset(c.name for c in workload.classes) | {PROBE})
     journal = folder / "fleet" / "state" / "journal"
 
@@ -184,7 +184,7 @@ def drive(case: Case, folder: Path, profile: Profile, args: argparse.Namespace) 
                 assert record.outcome == "finished", record.detail
         devices = {"profile": profile}
         for number, share in enumerate(WARM_UPS if case.warm_up_s else ()):
-            warm_up = at_load(workload, list(devices.values())[-1], share * args.load)
+            warm_up = at_load(workload, list(devices.values())[-1], share * args.load, case.instances)
             warm_up = replace(warm_up, duration_s=case.warm_up_s)
             # Of the class that teaches nothing, and without promises.
             seed = args.seed + 3 + number
@@ -192,10 +192,12 @@ def drive(case: Case, folder: Path, profile: Profile, args: argparse.Namespace) 
             await load(arrivals, case.warm_up_s, seed, stop)
             fits = [report.latency for report in read_run(journal).reports]
             devices["fitted"] = replace(profile, coefficients=mean_of(fits), table=None)
-        main = at_load(workload, list(devices.values())[-1], args.load)
+        main = at_load(workload, list(devices.values())[-1], args.load, case.instances)
         if case.saturation_s:
-            carried = await carried_rps(target, workload, args.seed + 3 + len(WARM_UPS), case.saturation_s, stop)
-            print(f"{carried:.2f} requests/s are carried with {INSTANCES * IN_FLIGHT} in flight", flush=True)
+            in_flight = IN_FLIGHT * case.instances
+            seed = args.seed + 3 + len(WARM_UPS)
+            carried = await carried_rps(target, workload, in_flight, case.saturation_s, seed, stop)
+            print(f"{carried:.2f} requests/s are carried with {in_flight} in flight", flush=True)
             main = scaled(workload, args.load * carried / rate_of(workload))
             await asyncio.sleep(FLUSH_S)
         before = read_run(journal)
@@ -213,10 +215,12 @@ def drive(case: Case, folder: Path, profile: Profile, args: argparse.Namespace) 
         fleet.stop()
 
 
-async def carried_rps(target: Target, workload: Workload, seed: int, seconds: float, stop: asyncio.Event) -> float:
-    """Requests that the fleet ends in a second while IN_FLIGHT an instance are under way."""
+async def carried_rps(
+    target: Target, workload: Workload, in_flight: int, seconds: float, seed: int, stop: asyncio.Event
+) -> float:
+    """Requests that the fleet ends in a second while so many are under way."""
     mix = [replace(arrival, slo_class=PROBE) for arrival in generate(workload, seed)]
-    records = await keep_busy(target, mix, INSTANCES * IN_FLIGHT, seconds, seed, stop)
+    records = await keep_busy(target, mix, in_flight, seconds, seed, stop)
     return sum(r.e2e_s is not None and r.arrived_at + r.e2e_s < seconds for r in records) / seconds
 
 
@@ -276,14 +280,14 @@ def read_run(journal: Path) -> Journaled:
 
 
 def simulated(
-    profile: Profile, arrivals: Sequence[Arrival], workload: Workload, seed: int, noise: float
+    profile: Profile, instances: int, arrivals: Sequence[Arrival], workload: Workload, seed: int, noise: float
 ) -> tuple[SimResult, Counter[str]]:
     events: Counter[str] = Counter()
 
     def observe(now: float, event: Event, effects: object) -> None:
         events[type(event).__name__] += 1
 
-    config = SimConfig(profile, INSTANCES, POLICY, find_policy(POLICY), seed, noise=noise, exact_limits=True)
+    config = SimConfig(profile, instances, POLICY, find_policy(POLICY), seed, noise=noise, exact_limits=True)
     return simulate(config, arrivals, workload.duration_s, observe), events
 
 
@@ -325,9 +329,9 @@ def rate_of(workload: Workload) -> float:
     return len(generate(workload)) / workload.duration_s
 
 
-def at_load(workload: Workload, profile: Profile, load: float) -> Workload:
+def at_load(workload: Workload, profile: Profile, load: float, instances: int) -> Workload:
     """The workload at ``load`` times the fleet's capacity."""
-    capacity = capacity_rps(generate(workload), profile, INSTANCES)
+    capacity = capacity_rps(generate(workload), profile, instances)
     return scaled(workload, load * capacity / rate_of(workload))
 
 
@@ -341,6 +345,7 @@ def compare(case: Case, folder: Path, args: argparse.Namespace) -> dict[str, Any
     at_gateway = figures(journal.times)
     found: dict[str, Any] = {
         "load": args.load,
+        "instances": case.instances,
         "requests": len(live.arrivals),
         "rate_rps": len(live.arrivals) / live.workload.duration_s,
         "others_cpu": live.others_cpu,
@@ -362,7 +367,7 @@ def compare(case: Case, folder: Path, args: argparse.Namespace) -> dict[str, Any
     }
     for name, device in live.devices.items():
         noise = device.coefficients.q90 / Q90_SIGMAS if case.warm_up_s else 0.0
-        result, events = simulated(device, live.arrivals, live.workload, args.seed, noise)
+        result, events = simulated(device, case.instances, live.arrivals, live.workload, args.seed, noise)
         times = times_of(result.run.records)
         shown, later = figures(times), figures(plus(times, overhead))
         found["simulated"][name] = {

@@ -1,17 +1,23 @@
-"""The simulator beside two real vLLM servers: the same requests, the same policy, the times of both.
+"""The simulator beside real vLLM servers: the same requests, the same policy, the times of both.
 
     make bench-vllm                                       # all benchmarks on vLLM
     .venv-vllm/bin/python benchmarks/vllm_fidelity.py     # this one; `make test-vllm` makes .venv-vllm
 
-As benchmarks/fidelity.py, which says what is compared, with two stock vLLM servers of one thread each behind
-`hyperflexis serve`. Simulated are two devices: that of the profile which `hyperflexis calibrate --engine vllm` makes of
-these servers, of both at once as they will run, and *fitted*, what the adapters' online fits say after warm-ups. The
-load is a share of what the servers carry, which is measured.
+As benchmarks/fidelity.py, which says what is compared, with stock vLLM servers of one thread each behind `hyperflexis
+serve`. Simulated are two devices: that of the profile which `hyperflexis calibrate --engine vllm` makes of these
+servers, of all at once as they will run, and *fitted*, what the adapters' online fits say after warm-ups. The load is a
+share of what the servers carry, which is measured.
+
+Where there are more cores than servers, each engine has a core of its own, as an engine on an accelerator has that, and
+everything else the others. Two servers on two cores take the cores from each other, from the gateway and from the
+client, and a simulated device knows nothing beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.vllm.servers import ENV, EXACT, Server
 
 from common import RESULTS, command, environment, write_results
-from fidelity import INSTANCES, Case, compare, mean_of, show
+from fidelity import Case, compare, mean_of, show
 from hyperflexis.core.profile import Profile
 from hyperflexis.engines.profiles import load_profile
 from hyperflexis.engines.vllm.server import Recipe
@@ -41,7 +47,7 @@ SATURATION_S = 20.0
 class Servers:
     """The servers of one run, and what a fleet file says of them."""
 
-    def __init__(self, folder: Path, python: str) -> None:
+    def __init__(self, folder: Path, number: int, python: str) -> None:
         self._folder = folder
         self._model = folder / SIZE
         make_model(self._model, ModelRecipe(SIZE, context=CONTEXT))
@@ -54,16 +60,25 @@ class Servers:
             arguments=(*EXACT, "--max-model-len", str(CONTEXT)),
             env=ENV,
         )
-        self._servers = [Server(recipe, folder / f"vllm-{n}.log") for n in range(INSTANCES)]
+        self._servers = [Server(recipe, folder / f"vllm-{n}.log") for n in range(number)]
         self._urls = [server.wait_ready().url for server in self._servers]
+        cores = sorted(os.sched_getaffinity(0))
+        if number < len(cores):
+            own, others = cores[:number], cores[number:]
+            for process in descendants(os.getpid()):
+                pin(process, others)
+            os.sched_setaffinity(0, others)
+            engines = [pid for pid in descendants(os.getpid()) if "EngineCore" in name_of(pid)]
+            for engine, core in zip(engines, own, strict=True):
+                pin(engine, [core])
 
     def entry(self, _: Path) -> dict[str, object]:
         args = {"max_batch": MAX_BATCH, "max_batch_tokens": MAX_BATCH_TOKENS}
         return {"name": "m", "engine": "vllm", "path": str(self._model), "endpoints": self._urls, "args": args}
 
     def profile(self, _: Path) -> Profile:
-        """Of both at once: they share memory and cache."""
-        files = [self._folder / f"vllm-{n}.json" for n in range(INSTANCES)]
+        """Of all at once: they share memory and cache."""
+        files = [self._folder / f"vllm-{n}.json" for n in range(len(self._urls))]
         processes = []
         for url, file in zip(self._urls, files, strict=True):
             words = own_command("calibrate", "--engine", "vllm", "--url", url, "--model", str(self._model))
@@ -81,8 +96,32 @@ class Servers:
             server.stop()
 
 
+def descendants(pid: int) -> list[int]:
+    """All processes that ``pid`` has started, and these in turn."""
+    parents = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(file.parent.name)] = int(file.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found[1:]
+
+
+def name_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text()
+
+
+def pin(pid: int, cores: list[int]) -> None:
+    """All threads of a process run on these cores from now on, and those that it starts."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(int(task.name), cores)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--servers", type=int, default=1)
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument(
         "--load", type=float, default=0.7, help="arrival rate over what is carried (default: %(default)s)"
@@ -92,9 +131,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "vllm_fidelity.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="vllm-fidelity-") as temporary:
-        servers = Servers(Path(temporary), args.python)
+        servers = Servers(Path(temporary), args.servers, args.python)
         try:
-            case = Case("fidelity-torch.yaml", servers.profile, servers.entry, TARGET, WARM_UP_S, SATURATION_S)
+            case = Case(
+                "fidelity-torch.yaml", servers.profile, servers.entry, TARGET, WARM_UP_S, SATURATION_S, args.servers
+            )
             found = compare(case, Path(temporary), args)
         finally:
             servers.stop()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from math import inf
+from typing import Any
 
 from .kv_blocks import BlockKey
 from .policy.running import Running
@@ -45,7 +46,7 @@ class Sequence:
     hands_over: bool = False
     reported_before: int = 0
 
-    memo: object = None
+    memo: Any = None
     arrived_at: float = 0.0
     cached_tokens: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -88,8 +89,12 @@ class Sequence:
         """Output tokens still expected, at least 1. The longer a request already is, the longer it goes on past what
         was expected of it."""
         output = self.output_tokens
-        expected = max(self.expected_output_tokens - output, GOES_ON * output)
-        return max(min(expected, self.max_output_tokens - output), 1.0)
+        expected, least = self.expected_output_tokens - output, GOES_ON * output
+        if expected < least:
+            expected = least
+        if expected > self.max_output_tokens - output:
+            expected = self.max_output_tokens - output
+        return expected if expected > 1.0 else 1.0
 
     @property
     def pace_s(self) -> float:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from heapq import merge
 from itertools import chain, islice
 from math import inf, sqrt
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from ..core.latency import Coefficients
 from ..core.request import QueuedJob
@@ -55,8 +55,8 @@ MAX_REFUSED = 16
 class Job(Waits, Decoding, Protocol):
     """A request on an instance, as policies see it. Sizes in tokens."""
 
-    memo: object
-    """For the policy alone: what it has computed of the request and may find again."""
+    memo: Any
+    """For the policy alone: what it has computed of the request and may find again. None at first."""
 
 
 J = TypeVar("J", bound=Job)
@@ -158,19 +158,15 @@ class _Room(Generic[J]):
         return True
 
 
-class _Rank(NamedTuple):
-    """What is known of a waiting request as long as ``latency`` and ``computed`` stay the same."""
-
-    latency: Coefficients
-    computed: int
-    item: QueuedJob
+_Rank = tuple[Coefficients, int, QueuedJob]
+"""What is known of a waiting request as long as the coefficients and its computed tokens stay the same."""
 
 
 def _rank(job: J, latency: Coefficients) -> _Rank:
-    tokens, context = job.remaining_prefill, job.computed
+    tokens, context, value = job.remaining_prefill, job.computed, job.value
     work_s = latency.prefill_s(tokens, context)
     cost = work_s + latency.output_s(job.expected_remaining, context + tokens)
-    rank = _Rank(latency, context, QueuedJob(job.next_due, cost / job.value, job.id, work_s, job.value))
+    rank: _Rank = (latency, context, QueuedJob(job.next_due, cost / value, job.id, work_s, value))
     job.memo = rank
     return rank
 
@@ -185,10 +181,10 @@ class _Queue(Generic[J]):
         items: list[QueuedJob] = []
         jobs: list[J] = []
         for job in islice(waiting.by_deadline(), MAX_RANKED):
-            rank = job.memo
-            if not isinstance(rank, _Rank) or rank.latency is not latency or rank.computed != job.computed:
+            rank: _Rank | None = job.memo
+            if rank is None or rank[0] is not latency or rank[1] != job.computed:
                 rank = _rank(job, latency)
-            item = rank.item
+            item = rank[2]
             if start + item.work_s > item.due or job.missed_first:
                 self.newly_late.append(job)
             else:
