@@ -42,6 +42,8 @@ MAX_BATCH, MAX_BATCH_TOKENS, CONTEXT = 32, 512, 1024
 TARGET = 0.15
 WARM_UP_S = 12.0
 SATURATION_S = 20.0
+ENGINE = "VLLM::EngineCore"[:15]
+"""What the process that computes is called, as far as Linux keeps names."""
 
 
 class Servers:
@@ -54,6 +56,7 @@ class Servers:
         recipe = Recipe(
             "m",
             self._model,
+            scheduler=True,
             python=python,
             max_batch=MAX_BATCH,
             max_batch_tokens=MAX_BATCH_TOKENS,
@@ -68,7 +71,7 @@ class Servers:
             for process in descendants(os.getpid()):
                 pin(process, others)
             os.sched_setaffinity(0, others)
-            engines = [pid for pid in descendants(os.getpid()) if "EngineCore" in name_of(pid)]
+            engines = [pid for pid in descendants(os.getpid()) if name_of(pid) == ENGINE]
             for engine, core in zip(engines, own, strict=True):
                 pin(engine, [core])
 
@@ -109,7 +112,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def name_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/comm").read_text()
+    return Path(f"/proc/{pid}/comm").read_text().strip()
 
 
 def pin(pid: int, cores: list[int]) -> None:
