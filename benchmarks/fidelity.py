@@ -230,21 +230,35 @@ def busy_cpu_s() -> float:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def tree_cpu_s() -> float:
-    """Seconds of CPU that this process and all that it has started and that still run have used so far."""
-    parents: dict[int, int] = {}
-    seconds: dict[int, float] = {}
+@dataclass(frozen=True)
+class Process:
+    """``name``: its first 15 characters, which Linux keeps. ``cpu_s``: seconds of CPU used so far."""
+
+    pid: int
+    name: str
+    parent: int
+    cpu_s: float
+
+
+def own_processes() -> list[Process]:
+    """This process and all that it has started and that still run."""
+    found: dict[int, Process] = {}
     for file in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            fields = file.read_text().rpartition(")")[2].split()
-            pid = int(file.parent.name)
-            parents[pid] = int(fields[1])
-            seconds[pid] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+            head, _, tail = file.read_text().rpartition(")")
+            pid, fields = int(file.parent.name), tail.split()
+            cpu_s = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+            found[pid] = Process(pid, head.partition("(")[2], int(fields[1]), cpu_s)
 
     def is_ours(pid: int) -> bool:
-        return pid == os.getpid() or (pid in parents and is_ours(parents[pid]))
+        return pid == os.getpid() or (pid in found and is_ours(found[pid].parent))
 
-    return sum(value for pid, value in seconds.items() if is_ours(pid))
+    return [process for pid, process in found.items() if is_ours(pid)]
+
+
+def tree_cpu_s() -> float:
+    """Seconds of CPU that all of them have used so far."""
+    return sum(process.cpu_s for process in own_processes())
 
 
 def probe_arrival(number: int) -> Arrival:

@@ -3,10 +3,10 @@
     make bench-vllm                                       # all benchmarks on vLLM
     .venv-vllm/bin/python benchmarks/vllm_fidelity.py     # this one; `make test-vllm` makes .venv-vllm
 
-As benchmarks/fidelity.py, which says what is compared, with stock vLLM servers of one thread each behind `hyperflexis
-serve`. Simulated are two devices: that of the profile which `hyperflexis calibrate --engine vllm` makes of these
-servers, of all at once as they will run, and *fitted*, what the adapters' online fits say after warm-ups. The load is a
-share of what the servers carry, which is measured.
+As benchmarks/fidelity.py, which says what is compared, with vLLM servers of one thread each that have our scheduler
+inside, behind `hyperflexis serve`. Simulated are two devices: that of the profile which `hyperflexis calibrate --engine
+vllm` makes of these servers, of all at once as they will run, and *fitted*, what the schedulers' online fits say after
+warm-ups. The load is a share of what the servers carry, which is measured.
 
 Where there are more cores than servers, each engine has a core of its own, as an engine on an accelerator has that, and
 everything else the others. Two servers on two cores take the cores from each other, from the gateway and from the
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.vllm.servers import ENV, EXACT, Server
 
 from common import RESULTS, command, environment, write_results
-from fidelity import Case, compare, mean_of, show
+from fidelity import Case, compare, mean_of, own_processes, show
 from hyperflexis.core.profile import Profile
 from hyperflexis.engines.profiles import load_profile
 from hyperflexis.engines.vllm.server import Recipe
@@ -68,10 +68,10 @@ class Servers:
         cores = sorted(os.sched_getaffinity(0))
         if number < len(cores):
             own, others = cores[:number], cores[number:]
-            for process in descendants(os.getpid()):
-                pin(process, others)
-            os.sched_setaffinity(0, others)
-            engines = [pid for pid in descendants(os.getpid()) if name_of(pid) == ENGINE]
+            processes = own_processes()
+            for process in processes:
+                pin(process.pid, others)
+            engines = [process.pid for process in processes if process.name == ENGINE]
             for engine, core in zip(engines, own, strict=True):
                 pin(engine, [core])
 
@@ -99,26 +99,10 @@ class Servers:
             server.stop()
 
 
-def descendants(pid: int) -> list[int]:
-    """All processes that ``pid`` has started, and these in turn."""
-    parents = {}
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parents[int(file.parent.name)] = int(file.read_text().rpartition(")")[2].split()[1])
-    found = [pid]
-    for one in found:
-        found += [child for child, parent in parents.items() if parent == one]
-    return found[1:]
-
-
-def name_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/comm").read_text().strip()
-
-
 def pin(pid: int, cores: list[int]) -> None:
     """All threads of a process run on these cores from now on, and those that it starts."""
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # what has ended meanwhile
+        for task in Path(f"/proc/{pid}/task").iterdir():
             os.sched_setaffinity(int(task.name), cores)
 
 

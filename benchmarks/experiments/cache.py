@@ -22,7 +22,18 @@ from .measure import ROOT, Task
 from .scenarios import SCENARIOS, WORKLOADS, csv_names
 
 PACKAGE = Path(hyperflexis.__file__).parent
-SOURCES = ("core", "policy", "sim", "batcher.py", "controller.py", "kv_blocks.py")
+SOURCES = (
+    "core",
+    "policy",
+    "sim",
+    "batcher.py",
+    "controller.py",
+    "disaggregation.py",
+    "kv_blocks.py",
+    "loading.py",
+    "scaling.py",
+    "sequences.py",
+)
 """Of the package: what a run's figures depend on."""
 OWN = ("scenarios.py", "measure.py")
 """The same, beside this file."""
@@ -44,8 +55,13 @@ class Files:
         """Of all of them, in this order."""
         for path in files:
             if path not in self._digests:
-                self._digests[path] = digest_of(path.read_bytes())
-        return digest_of(" ".join(self._digests[path] for path in files).encode())
+                self._digests[path] = _digest(path.read_bytes())
+        return _digest(" ".join(self._digests[path] for path in files).encode())
+
+    def key(self, task: Any, sources: str, files: Sequence[Path]) -> str:
+        """The cache's key of ``task``, a dataclass, that runs code of digest ``sources`` on these ``files``."""
+        settings = json.dumps(asdict(task), sort_keys=True)
+        return _digest(f"{settings} {sources} {self.digest(files)}".encode())
 
 
 class Digests:
@@ -67,16 +83,14 @@ class Digests:
         files += [self._traces[name] for name in sorted(csv_names(scenario.workload)) if name in self._traces]
         if task.policy.endswith(".py"):
             files += [ROOT / task.policy, ROOT / "benchmarks" / "ablations" / "__init__.py"]
-        settings = json.dumps(asdict(task), sort_keys=True)
-        return digest_of(f"{settings} {self.sources} {self._files.digest(files)}".encode())
+        return self._files.key(task, self.sources, files)
 
 
 def _python_files(path: Path) -> list[Path]:
     return sorted(path.rglob("*.py")) if path.is_dir() else [path]
 
 
-def digest_of(content: bytes) -> str:
-    """As text."""
+def _digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 

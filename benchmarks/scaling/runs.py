@@ -6,10 +6,9 @@ runs, this file, the profile, the workload and its traces.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,11 +24,9 @@ from hyperflexis.sim.workload import Arrival, Workload, generate
 from hyperflexis.simulate_options import parse_start
 from hyperflexis.worker_pool import performed
 
-from ..experiments.cache import Cache, Files, digest_of
+from ..experiments.cache import SOURCES, Cache, Files
 from ..experiments.scenarios import WORKLOADS, csv_names
 
-SOURCES = ("core", "policy", "sim", "batcher.py", "controller.py", "kv_blocks.py", "loading.py", "scaling.py")
-"""Of the package: what a run's figures depend on."""
 TARGET = 0.99
 LAX = "soon"
 """The class that all requests are of in a lax mix."""
@@ -158,8 +155,7 @@ class Runs:
     def _key(self, task: Task) -> str:
         files = [WORKLOADS / task.workload, shipped_profiles()[task.profile]]
         files += [self._traces.files[name] for name in sorted(csv_names(task.workload))]
-        settings = json.dumps(asdict(task), sort_keys=True)
-        return digest_of(f"{settings} {self.sources} {self._files.digest(files)}".encode())
+        return self._files.key(task, self.sources, files)
 
 
 def _measurer(traces: Traces) -> Callable[[Task], Row]:

@@ -88,12 +88,13 @@ class Sequence:
     def expected_remaining(self) -> float:
         """Output tokens still expected, at least 1. The longer a request already is, the longer it goes on past what
         was expected of it."""
+        # Written out: it is asked for each request that waits whenever the coefficients are new.
         output = self.output_tokens
-        expected, least = self.expected_output_tokens - output, GOES_ON * output
+        expected, least, most = self.expected_output_tokens - output, GOES_ON * output, self.max_output_tokens - output
         if expected < least:
             expected = least
-        if expected > self.max_output_tokens - output:
-            expected = self.max_output_tokens - output
+        if expected > most:
+            expected = most
         return expected if expected > 1.0 else 1.0
 
     @property
