@@ -5,8 +5,9 @@
 
 As benchmarks/fidelity.py, which says what is compared, with vLLM servers of one thread each that have our scheduler
 inside, behind `hyperflexis serve`. Simulated are two devices: that of the profile which `hyperflexis calibrate --engine
-vllm` makes of these servers, of all at once as they will run, and *fitted*, what the schedulers' online fits say after
-warm-ups. The load is a share of what the servers carry, which is measured.
+vllm` makes of these servers, of all at once as they will run, and *fitted*, what the adapters' online fits say after
+warm-ups. Schedulers and adapters begin with that profile, as they do where a fleet file names one. The load is a share
+of what the servers carry, which is measured.
 
 Where there are more cores than servers, each engine has a core of its own, as an engine on an accelerator has that, and
 everything else the others. Two servers on two cores take the cores from each other, from the gateway and from the
@@ -31,7 +32,7 @@ from tests.vllm.servers import ENV, EXACT, Server
 from common import RESULTS, command, environment, write_results
 from fidelity import Case, compare, mean_of, own_processes, show
 from hyperflexis.core.profile import Profile
-from hyperflexis.engines.profiles import load_profile
+from hyperflexis.engines.profiles import load_profile, save_profile
 from hyperflexis.engines.vllm.server import Recipe
 from hyperflexis.launch.local import own_command
 from hyperflexis.make_model import Recipe as ModelRecipe
@@ -51,9 +52,10 @@ class Servers:
 
     def __init__(self, folder: Path, number: int, python: str) -> None:
         self._folder = folder
+        self._profile: Path | None = None
         self._model = folder / SIZE
         make_model(self._model, ModelRecipe(SIZE, context=CONTEXT))
-        recipe = Recipe(
+        self._recipe = Recipe(
             "m",
             self._model,
             scheduler=True,
@@ -63,7 +65,10 @@ class Servers:
             arguments=(*EXACT, "--max-model-len", str(CONTEXT)),
             env=ENV,
         )
-        self._servers = [Server(recipe, folder / f"vllm-{n}.log") for n in range(number)]
+        self._start(number)
+
+    def _start(self, number: int) -> None:
+        self._servers = [Server(self._recipe, self._folder / f"vllm-{n}.log") for n in range(number)]
         self._urls = [server.wait_ready().url for server in self._servers]
         cores = sorted(os.sched_getaffinity(0))
         if number < len(cores):
@@ -77,10 +82,11 @@ class Servers:
 
     def entry(self, _: Path) -> dict[str, object]:
         args = {"max_batch": MAX_BATCH, "max_batch_tokens": MAX_BATCH_TOKENS}
-        return {"name": "m", "engine": "vllm", "path": str(self._model), "endpoints": self._urls, "args": args}
+        entry = {"name": "m", "engine": "vllm", "path": str(self._model), "endpoints": self._urls, "args": args}
+        return {**entry, "profile": str(self._profile)}
 
     def profile(self, _: Path) -> Profile:
-        """Of all at once: they share memory and cache."""
+        """Of all at once: they share memory and cache. Then they are started anew, and begin with it."""
         files = [self._folder / f"vllm-{n}.json" for n in range(len(self._urls))]
         processes = []
         for url, file in zip(self._urls, files, strict=True):
@@ -92,7 +98,14 @@ class Servers:
             if process.wait() != 0:
                 raise SystemExit("calibrate failed")
         profiles = [load_profile(str(file)) for file in files]
-        return replace(profiles[0], coefficients=mean_of([profile.coefficients for profile in profiles]))
+        mean = replace(profiles[0], coefficients=mean_of([profile.coefficients for profile in profiles]))
+        self._profile = self._folder / "profile.json"
+        save_profile(mean, self._profile)
+        number = len(self._servers)
+        self.stop()
+        self._recipe = replace(self._recipe, profile=str(self._profile))
+        self._start(number)
+        return mean
 
     def stop(self) -> None:
         for server in self._servers:

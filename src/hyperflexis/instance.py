@@ -182,6 +182,7 @@ def _vllm(args: argparse.Namespace, options: VllmArgs, step: StepFunctions, toke
             directory=directory,
             python=options.python or sys.executable,
             scheduler=options.scheduler == "hyperflexis",
+            profile=args.profile,
             gives_kv=args.kv_listen is not None,
             max_batch=options.max_batch,
             max_batch_tokens=options.max_batch_tokens,

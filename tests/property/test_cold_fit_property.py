@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -60,6 +61,20 @@ def test_a_start_on_a_busy_machine_is_forgotten(true: Coefficients, busy: float,
     server.work(300)
     for decodes in (4, 10, 30):
         assert server.error(0, 0.0, decodes, 300 * decodes) < 2.0, f"seed {seed}"
+
+
+@settings(max_examples=20)
+@given(st.floats(0.5, 2.0), st.integers(0, 10_000))
+def test_cheap_chunks_of_a_profile_stay_cheap(scale: float, seed: int) -> None:
+    curve = ((0.0, 0.0), (256.0, 60.0), (512.0, 250.0))
+    guess = replace(GPU, curve=curve)
+    server = Server(replace(guess, c0=scale * GPU.c0, c1=scale * GPU.c1), seed, 0.05)
+    server.fit = ColdFit(guess, 1.0, 1)
+    server.work(400)
+    fitted = server.fit.coefficients
+    assert fitted.curve == curve
+    for prompt in (64, 256, 300, 1024):
+        assert server.error(prompt, 0.5 * prompt**2, 8, 2400) < 1.3, f"seed {seed}"
 
 
 @settings(max_examples=20)

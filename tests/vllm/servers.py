@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
@@ -59,7 +58,7 @@ class Server:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, **self._side.env(), **recipe.env},
+                env={**recipe.environment, **self._side.env(), **recipe.env},
                 start_new_session=True,
             )
 

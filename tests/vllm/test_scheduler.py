@@ -17,8 +17,10 @@ from tests.vllm.inside import Driven, scheduler_of
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import RequestStatus
 
+from hyperflexis.engines.profiles import load_profile
 from hyperflexis.engines.vllm import SloScheduler
-from hyperflexis.engines.vllm.terms import PROBE, Promise
+from hyperflexis.engines.vllm.terms import PROBE, PROFILE_VARIABLE, Promise
+from hyperflexis.errors import ConfigError
 
 KINDS = (AsyncScheduler, SloScheduler)
 EASY = Promise(first_due_s=60.0, pace_s=5.0, expected_output_tokens=8.0)
@@ -139,6 +141,17 @@ def test_a_probe_is_told_what_the_server_takes(model: Path) -> None:
     (outputs,) = driven.commit(driven.plan()).values()
     told = outputs.outputs[0].kv_transfer_params["hyperflexis"]
     assert (told["max_batch"], told["max_batch_tokens"]) == (8, 512)
+
+
+def test_it_begins_where_a_profile_says(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PROFILE_VARIABLE, "h100-llama-3.1-8b")
+    scheduler = scheduler_of(SloScheduler, model)
+    known = load_profile("h100-llama-3.1-8b").coefficients
+    assert known.curve
+    assert scheduler._fit.coefficients == known
+    monkeypatch.setenv(PROFILE_VARIABLE, "no-such-profile")
+    with pytest.raises(ConfigError, match="no profile is named 'no-such-profile'"):
+        scheduler_of(SloScheduler, model)
 
 
 def test_a_promise_that_is_no_number_is_passed_over(model: Path) -> None:

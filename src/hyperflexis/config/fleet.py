@@ -192,7 +192,8 @@ class Model(Section):
     env: dict[str, str] = {}
     """Environment variables of its instances."""
     profile: str | None = None
-    """A latency profile: a name of those shipped, or a JSON file. Needed by `emulated`."""
+    """A latency profile: a name of those shipped, or a JSON file. Needed by `emulated`; with `openai` and `vllm` what
+    iterations are expected to take until they have been seen."""
     mode: Literal["colocated", "observe", "disaggregated"] = "colocated"
     """`disaggregated` computes prompts on some instances and hands their requests, with the KV, to others to decode.
     `observe` sends requests round robin and journals what the policy would have done. All models must agree."""

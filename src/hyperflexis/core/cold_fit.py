@@ -30,13 +30,14 @@ FARTHEST = 3.0
 
 class ColdFit:
     """A fit that begins at ``guess``, whose coefficients may be wrong by a factor of about ``spread``. ``coefficients``
-    change at most once in ``refresh_every`` observations."""
+    change at most once in ``refresh_every`` observations; their curve is the guess's."""
 
     def __init__(self, guess: Coefficients, spread: float, refresh_every: int = REFRESH_EVERY) -> None:
         self._theta = [guess.c0, guess.c1, guess.c2, guess.c3, guess.c4]
         self._scale = [max(c, 1e-7 * max(guess.c0, 1e-6)) for c in self._theta]
         self._variance = spread * spread
         self._q90 = guess.q90
+        self._curve = guess.curve
         self._refresh_every = refresh_every
         self._refresh_at = 1
         self._seen = 0
@@ -59,6 +60,9 @@ class ColdFit:
         if not 0.0 < seconds < inf:
             return
         self._seen += 1
+        if self._curve:
+            row = self.coefficients.row(prefill_tokens, attention, decodes, kv_tokens)
+            prefill_tokens, attention, decodes, kv_tokens = row
         c0, c1, c2, c3, c4 = self._theta
         predicted = c0 + c1 * prefill_tokens + c2 * attention + c3 * decodes + c4 * kv_tokens
         self._fast = self._fast + 1 if seconds < TOO_FAST * predicted else 0
@@ -74,7 +78,7 @@ class ColdFit:
         if self._seen >= self._refresh_at:
             self._refresh_at += min(self._refresh_every, 1 + self._seen // 8)
             c0, c1, c2, c3, c4 = self._theta
-            self.coefficients = Coefficients(c0, c1, c2, c3, c4, self._q90)
+            self.coefficients = Coefficients(c0, c1, c2, c3, c4, self._q90, self._curve)
 
     def _update(self, y: tuple[float, float, float, float, float], error: float) -> None:
         """``y`` is the observation in units of the guess, over its weight."""

@@ -27,7 +27,7 @@ import msgspec
 
 from ..core.cold_fit import ColdFit
 from ..core.instance import RequestProgress
-from ..core.latency import Coefficients
+from ..core.latency import REFRESH_EVERY, Coefficients
 from ..core.links import KvSource
 from ..core.profile import Profile
 from ..core.weights import LoadWeights
@@ -87,6 +87,13 @@ class OpenAIConfig:
     probe_every_s: float = 1.0
 
 
+def first_fit(profile: Profile | None, refresh_every: int = REFRESH_EVERY) -> ColdFit:
+    """Of a server that was not watched yet, whose ``profile`` says where to begin."""
+    if profile is None:
+        return ColdFit(FALLBACK_LATENCY, FALLBACK_SPREAD, refresh_every)
+    return ColdFit(profile.coefficients, 1.0, refresh_every)
+
+
 _BODY = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _CACHE = re.compile(r'vllm:cache_config_info\{[^}]*\bblock_size="(\d+)"[^}]*\bnum_gpu_blocks="(\d+)"')
 
@@ -142,10 +149,8 @@ class OpenAIEngine:
         self._clock = time.monotonic
         self._url = config.url.rstrip("/")
         self._model = config.server_model or config.model
-        prior = config.profile.coefficients if config.profile is not None else FALLBACK_LATENCY
-        self._prior = prior
-        spread = FALLBACK_SPREAD if config.profile is None else 1.0
-        self._fit = ColdFit(prior, spread, refresh_every=1)
+        self._fit = first_fit(config.profile, refresh_every=1)
+        self._prior = self._fit.coefficients
         self._counters = _Counters()
         self._streams: dict[object, ServerStream] = {}
         self._pending: dict[object, Emission] = {}

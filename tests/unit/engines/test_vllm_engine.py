@@ -15,11 +15,14 @@ import pytest
 from tests.contract.openai_server import OpenAIServer
 from tests.contract.support import LIMIT_S, driven
 
+from hyperflexis.core.latency import Coefficients
 from hyperflexis.engines.vllm.engine import VllmConfig, VllmEngine
 from hyperflexis.engines.vllm.server import Recipe, start_server
-from hyperflexis.engines.vllm.terms import Promise, StepReport
+from hyperflexis.engines.vllm.terms import PROFILE_VARIABLE, Promise, StepReport
 from hyperflexis.errors import HyperFlexisError, ProtocolError
 from hyperflexis.policy import step
+
+CURVE = ((0.0, 0.0), (256.0, 100.0), (512.0, 300.0))
 
 
 @pytest.fixture
@@ -116,6 +119,12 @@ def fake(folder: Path, script: str) -> Recipe:
     return Recipe("m", folder, python=str(python))
 
 
+def test_a_server_with_our_scheduler_is_told_its_profile(tmp_path: Path) -> None:
+    assert PROFILE_VARIABLE not in Recipe("m", tmp_path, scheduler=True).environment
+    told = Recipe("m", tmp_path, scheduler=True, profile="h100-llama-3.1-8b").environment
+    assert told[PROFILE_VARIABLE] == "h100-llama-3.1-8b"
+
+
 async def test_a_server_that_does_not_start_is_not_waited_for(tmp_path: Path) -> None:
     engine = VllmEngine(VllmConfig("m", "", recipe=fake(tmp_path, "exit 3")))
     with pytest.raises(HyperFlexisError, match="ended with status 3 while it started"):
@@ -183,7 +192,7 @@ async def test_what_the_scheduler_tells_is_reported(tmp_path: Path, server: Open
     engine_ = engine(server)
     address = await engine_._reports.open()
     async with driven(engine_) as driver:
-        told = StepReport(3, 1, 640, 10, 200, 30, 16, 2, 1.5, (0.01, 1e-5, 0.0, 1e-4, 0.0, 0.1))
+        told = StepReport(3, 1, 640, 10, 200, 30, 16, 2, 1.5, (0.01, 1e-5, 0.0, 1e-4, 0.0, 0.1), CURVE)
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
             out.sendto(b"not a report", address)
             out.sendto(msgspec.msgpack.encode(told), address)
@@ -192,4 +201,4 @@ async def test_what_the_scheduler_tells_is_reported(tmp_path: Path, server: Open
                 await asyncio.sleep(0.01)
         report = driver.engine.report()
         assert (report.num_running, report.kv_used_tokens, report.preemptions) == (3, 640, 2)
-        assert report.latency == told.coefficients()
+        assert report.latency == Coefficients(0.01, 1e-5, 0.0, 1e-4, 0.0, 0.1, CURVE)

@@ -211,6 +211,7 @@ class VllmEngine(OpenAIEngine):
         if told is None:
             return report
         found = msgspec.structs.asdict(told) | {"latency": told.coefficients()}
+        del found["curve"]
         # It tells nothing while nothing runs, and does not know of what is on its way to it.
         if self._clock() - self._reports.at > REPORT_LIVES_S:
             found |= {"num_running": report.num_running, "kv_used_tokens": report.kv_used_tokens}

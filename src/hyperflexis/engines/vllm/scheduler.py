@@ -42,13 +42,23 @@ import vllm
 
 from ... import __version__
 from ...batcher import Counters
-from ...core.cold_fit import ColdFit
 from ...errors import ProtocolError
 from ...policy import step
 from ...policy.step import StepLimits
 from ...sequences import Queues, Sequence
-from ..openai import FALLBACK_LATENCY, FALLBACK_SPREAD
-from .terms import KEY, PROBE, REPORT_EVERY_S, REPORTS_VARIABLE, Capabilities, Promise, StepReport, sent_tokens
+from ..openai import first_fit
+from ..profiles import load_profile
+from .terms import (
+    KEY,
+    PROBE,
+    PROFILE_VARIABLE,
+    REPORT_EVERY_S,
+    REPORTS_VARIABLE,
+    Capabilities,
+    Promise,
+    StepReport,
+    sent_tokens,
+)
 
 TESTED = ("0.32",)
 if not any(f"{vllm.__version__}.".startswith(f"{release}.") for release in TESTED):
@@ -118,7 +128,8 @@ class Offer(RequestQueue):  # type: ignore[misc]
 
 
 class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is not there where types are checked
-    """See the module. Raises ValueError for settings of vLLM under which it cannot keep promises."""
+    """See the module. Raises ValueError for settings of vLLM under which it cannot keep promises, and ConfigError for a
+    profile that there is not."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -132,7 +143,8 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is not there w
         self._partial: dict[str, Sequence] = {}
         self._allowed: dict[str, int] = {}
         self._steps: deque[_Step] = deque()
-        self._fit = ColdFit(FALLBACK_LATENCY, FALLBACK_SPREAD)
+        profile = os.environ.get(PROFILE_VARIABLE)
+        self._fit = first_fit(None if profile is None else load_profile(profile))
         self._ended_at = 0.0
         self._told_at = 0.0
         self._counters = Counters()
@@ -371,6 +383,7 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is not there w
             preemptions=counters.preemptions,
             busy_s=counters.busy_s,
             latency=(fitted.c0, fitted.c1, fitted.c2, fitted.c3, fitted.c4, fitted.q90),
+            curve=fitted.curve,
         )
         assert self._socket is not None and self._address is not None
         with contextlib.suppress(OSError):

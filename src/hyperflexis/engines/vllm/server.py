@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...errors import HyperFlexisError
+from .terms import PROFILE_VARIABLE
 
 GUARDED = 'exec 3<&0; { read -r _ <&3; kill -KILL 0; } & exec "$@" 3<&- </dev/null'
 """The guard beside the command, which keeps the pid of the group."""
@@ -38,13 +39,15 @@ GIVES_KV = {
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """How to start a server of ``directory``, which it serves as ``name``. ``python``: the interpreter that has vLLM.
-    ``scheduler``: ours inside it. ``standby``: it can sleep. ``gives_kv``: to others of its kind, and takes theirs.
-    ``arguments`` follow ours and win over them; ``env`` goes on top of this process's environment."""
+    ``scheduler``: ours inside it, which begins with the iteration model of ``profile``. ``standby``: it can sleep.
+    ``gives_kv``: to others of its kind, and takes theirs. ``arguments`` follow ours and win over them; ``env`` goes on
+    top of this process's environment."""
 
     name: str
     directory: Path
     python: str = sys.executable
     scheduler: bool = False
+    profile: str | None = None
     standby: bool = False
     gives_kv: bool = False
     max_batch: int | None = None
@@ -74,7 +77,10 @@ class Recipe:
     @property
     def environment(self) -> dict[str, str]:
         """Of the server. Sleeping is among vLLM's endpoints for developers; it listens at this host alone."""
-        return {**os.environ, **({"VLLM_SERVER_DEV_MODE": "1"} if self.standby else {}), **self.env}
+        ours = {"VLLM_SERVER_DEV_MODE": "1"} if self.standby else {}
+        if self.profile is not None:
+            ours[PROFILE_VARIABLE] = self.profile
+        return {**os.environ, **ours, **self.env}
 
 
 class VllmServer:

@@ -4,6 +4,7 @@ request -> server    ``vllm_xargs``, flat numbers: the fields of Promise under t
                      of the prompt's last tokens are of the answer, which goes on
 server -> adapter    the answer to a request with PROBE has ``kv_transfer_params.hyperflexis``: a Capabilities
 server -> adapter    where REPORTS_VARIABLE names a Unix datagram socket: a StepReport, at most each REPORT_EVERY_S
+adapter -> server    PROFILE_VARIABLE names a profile, where the scheduler's iteration model begins
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ PROBE = "hfx_probe"
 SENT = "hfx_sent"
 KEY = "hyperflexis"
 REPORTS_VARIABLE = "HYPERFLEXIS_VLLM_REPORTS"
+PROFILE_VARIABLE = "HYPERFLEXIS_VLLM_PROFILE"
 REPORT_EVERY_S = 0.05
 MAX_REPORT_BYTES = 4096
 
@@ -75,8 +77,8 @@ class Capabilities(msgspec.Struct, frozen=True):
 
 
 class StepReport(msgspec.Struct, frozen=True, array_like=True):
-    """Levels now, counters over the life of the server, and the fitted iteration model: its five coefficients and
-    q90."""
+    """Levels now, counters over the life of the server, and the fitted iteration model: its five coefficients and q90,
+    and the profile's curve."""
 
     num_running: int
     num_waiting: int
@@ -88,7 +90,8 @@ class StepReport(msgspec.Struct, frozen=True, array_like=True):
     preemptions: int
     busy_s: float
     latency: tuple[float, float, float, float, float, float]
+    curve: tuple[tuple[float, float], ...] = ()
 
     def coefficients(self) -> Coefficients:
         """The model as policies take it."""
-        return Coefficients(*self.latency)
+        return Coefficients(*self.latency, self.curve)
