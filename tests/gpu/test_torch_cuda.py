@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import threading
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.contract.support import driven
 from tests.unit.engines.torch.attention_case import mixed_batch
+from tests.unit.engines.torch.ring_case import OneProcess
 
+from hyperflexis.core.links import KvSource
 from hyperflexis.core.weights import LoadWeights, Manifest, WeightSource
 from hyperflexis.engines.base import Emission, EngineStart
+from hyperflexis.engines.torch import handoff
 from hyperflexis.engines.torch.attention import Span
 from hyperflexis.engines.torch.config import load_config
 from hyperflexis.engines.torch.device import DeviceArena
+from hyperflexis.engines.torch.device_ring import DeviceRings
 from hyperflexis.engines.torch.engine import TorchConfig, TorchEngine
 from hyperflexis.engines.torch.loader import load
 from hyperflexis.errors import HyperFlexisError
 from hyperflexis.make_model import Recipe, make_model
 from hyperflexis.policy.catalog import STEPS
+from hyperflexis.transfer import tcp
 from hyperflexis.transfer.fetch import FetchConfig, Fetcher
 from hyperflexis.transfer.paths import Over
+from hyperflexis.transfer.ring import RingSource, RingTarget
+from hyperflexis.transfer.tcp import SocketChannel
+from hyperflexis.transfer.transport import MAX_PAYLOAD
 from hyperflexis.transfer.weights import Shard, WeightServer
 from hyperflexis.transfer_measure import TOKEN, layout_of
 from hyperflexis.wire import Generate, Sampling, pack_ids
@@ -144,6 +155,80 @@ def test_weights_get_from_one_process_s_device_memory_into_another_s(tmp_path: P
     process.join(30.0)
     assert (attempt.path, attempt.problem) == ("tcp" if tcp else "device", "")
     assert shard.manifest is not None and shard.digests() == shard.manifest.blocks
+
+
+def send_pieces(address: str, count: int, over: Any) -> None:
+    """A source in another process: pieces of its device's memory, into the target's."""
+    sock = tcp.connect(address)
+    control = SocketChannel(sock)
+    handle = control.receive(lambda frame: frame.header)
+    ring = DeviceRings(CUDA).take(sock, handle)
+    assert ring is not None
+    source = RingSource(control, ring)
+    threading.Thread(target=swallow, args=(source,), daemon=True).start()
+    for number in range(count):
+        piece = torch.full((MAX_PAYLOAD,), number, dtype=torch.uint8, device=CUDA)
+
+        def fill(memory: Any, piece: torch.Tensor = piece) -> bool:
+            memory.copy_(piece)
+            torch.cuda.synchronize()
+            return True
+
+        source.send(b"%d" % number, MAX_PAYLOAD, fill)
+    over.wait()
+
+
+def swallow(source: RingSource) -> None:
+    with suppress(OSError):
+        while True:
+            source.receive(lambda frame: None)
+
+
+def test_kv_gets_from_one_process_s_device_into_another_s(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    over, count = context.Event(), 40  # each slot several times
+    listener, address = tcp.listen(f"unix:{tmp_path}/kv")
+    process = context.Process(target=send_pieces, args=(address, count, over), daemon=True)
+    process.start()
+    sock, _ = listener.accept()
+    control, ring = SocketChannel(sock), DeviceRings(CUDA).make()
+    assert ring is not None
+    control.limit_receive(120.0)
+    control.send(ring.handle)
+    target = RingTarget(control, ring)
+    for number in range(count):
+        header, piece = target.receive(lambda frame: (frame.header, frame.payload.clone()))
+        assert header == b"%d" % number
+        assert bool((piece == number).all()), f"piece {number}"
+    over.set()
+    process.join(30.0)
+    target.close()
+    listener.close()
+
+
+async def test_a_request_goes_on_with_the_kv_from_device_memory(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = OneProcess(CUDA)  # a process cannot open a handle of its own
+    monkeypatch.setattr(handoff, "DeviceRings", lambda _: device)
+    sampling = Sampling(temperature=0.0, max_tokens=40, ignore_eos=True)
+    prompt = [40 + (7 * i) % 900 for i in range(150)]
+    (whole,) = await run(model, "float32", [prompt], sampling)
+    config: dict[str, Any] = {"device": "cuda", "dtype": "float32", "kv_tokens": 1024, "max_batch_tokens": 64}
+    one = TorchEngine(TorchConfig("m", model, STEPS["hyperflexis"], kv_listen=f"unix:{tmp_path}/kv", **config))
+    other = TorchEngine(TorchConfig("m", model, STEPS["hyperflexis"], **config))
+    async with driven(one, "one") as source, driven(other, "other") as target:
+        assert source.info is not None
+        where = KvSource(source.info.kv_address, "one", 1)
+        keys: list[object] = []
+        source.ending = lambda request_id, left_s: keys.append(
+            target.send(prompt, sampling=sampling, request_id=request_id, kv=where)
+        )
+        key = source.send(prompt, sampling=sampling, request_id="r", hands_over=True)
+        assert (await source.streams[key].ended()).finish == "handed"
+        assert (await target.streams[keys[0]].ended()).finish == "length"
+        assert target.streams[keys[0]].tokens == whole
+    assert any(bool(ring.any()) for ring in device.made)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL connects two devices, and there is one")

@@ -31,6 +31,7 @@ from ..errors import HyperFlexisError, ProtocolError
 from ..policy.catalog import StepFunctions
 from ..sequences import Sequence
 from ..transfer.kv import Give, Take
+from ..transfer.links import HOST_RINGS
 from ..wire import Generate, Sampling, TokenLogprob, pack_ids
 from .base import STANDBY, Emission, EngineInfo, EngineReport, EngineStart, Linked, Loaded, Sink
 from .driver import finished, report_of, sequence_of
@@ -421,6 +422,8 @@ class EmulatedEngine:
 
 class _Device:
     """A Device (engines/handoff.py) whose KV is made up."""
+
+    rings = HOST_RINGS
 
     def __init__(self, kv: EmulatedKv) -> None:
         self._kv = kv

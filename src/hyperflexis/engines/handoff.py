@@ -28,7 +28,8 @@ from ..core.transfer import SourceState
 from ..errors import HyperFlexisError, ProtocolError
 from ..sequences import Sequence
 from ..transfer.kv import Failed, Give, Incoming, NeedsRoom, News, Offered, Open, Outgoing, Take, digest_of
-from ..transfer.links import VERSION, Hello, KvLinks, Layout
+from ..transfer.links import HOST_RINGS, VERSION, Hello, KvLinks, Layout
+from ..transfer.ring import Rings
 from ..transfer.server import KvServer
 from ..wire import Generate, TokenLogprob, pack_ids
 from .base import Emission, Ending, Linked, Sink
@@ -43,6 +44,10 @@ class Device(Protocol):
     @property
     def layout(self) -> Layout:
         """How its KV is laid out."""
+
+    @property
+    def rings(self) -> tuple[Rings, ...]:
+        """Through which memory it gives and takes KV on one host, best first."""
 
     def give(self, seq: Sequence) -> Give:
         """Reads the KV of ``seq`` from the blocks that it holds now."""
@@ -75,13 +80,19 @@ class HandoffConfig:
     epoch: int
 
     def serve(
-        self, listen: str, layout: Layout, opened: Callable[[Outgoing], None], settled: Callable[[Outgoing], None]
-    ) -> KvServer:
-        """A KvServer at ``listen``. Raises HyperFlexisError when it cannot be listened at."""
+        self,
+        layout: Layout,
+        opened: Callable[[Outgoing], None],
+        settled: Callable[[Outgoing], None],
+        rings: tuple[Rings, ...] = HOST_RINGS,
+    ) -> KvServer | None:
+        """A KvServer at ``listen``, if that is anywhere. Raises HyperFlexisError when it cannot be listened at."""
+        if self.listen is None:
+            return None
         try:
-            return KvServer(listen, layout, self.instance, self.epoch, self.token, opened, settled)
+            return KvServer(self.listen, layout, self.instance, self.epoch, self.token, opened, settled, rings)
         except (OSError, ValueError) as error:
-            raise HyperFlexisError(f"KV cannot be given at {listen}: {error}; change kv_listen") from error
+            raise HyperFlexisError(f"KV cannot be given at {self.listen}: {error}; change kv_listen") from error
 
 
 @dataclass(slots=True, eq=False)
@@ -129,12 +140,10 @@ class Handoffs:
         self._between: list[Callable[[], None]] = []
         self._predicted_s = 0.0
         self._links = KvLinks(
-            Hello(VERSION, config.token, "", 0, device.layout), partial(self._post, self._link_is_known)
+            Hello(VERSION, config.token, "", 0, device.layout), partial(self._post, self._link_is_known), device.rings
         )
-        self._server: KvServer | None = None
-        if config.listen is not None:
-            opened, settled = partial(self._post, self._opened), partial(self._post, self._settled)
-            self._server = config.serve(config.listen, device.layout, opened, settled)
+        opened, settled = partial(self._post, self._opened), partial(self._post, self._settled)
+        self._server = config.serve(device.layout, opened, settled, device.rings)
 
     @property
     def address(self) -> str:

@@ -36,16 +36,16 @@ from ..core.links import KvSource
 from ..core.transfer import Piece, Source, SourceState, Target, TargetState
 from ..errors import IllegalTransition, ProtocolError
 from .links import Gone, KvLink, KvLinks, Layout, Refusal, encode
-from .transport import MAX_PAYLOAD, PEER_LIMIT_S, Channel, Frame
+from .transport import MAX_PAYLOAD, PEER_LIMIT_S, Channel, Frame, Payload
 
 ALIVE_S = 1.0
 LINGER_S = 2.0
 """How long a source may take to hear a refusal while it still sends."""
 _log = logging.getLogger(__name__)
 
-Give = Callable[[Piece, memoryview], None]
+Give = Callable[[Piece, Payload], None]
 """Writes the KV of a piece into memory of its size. Called from a thread of the handoff."""
-Take = Callable[[Piece, memoryview], None]
+Take = Callable[[Piece, Payload], None]
 """Reads the KV of a piece from memory. Called from a thread of the handoff."""
 
 
@@ -269,7 +269,7 @@ class Outgoing:
     def _send_piece(self, piece: Piece, give: Give) -> None:
         size = piece.count * self._token_bytes
 
-        def fill(memory: memoryview) -> bool:
+        def fill(memory: Payload) -> bool:
             give(piece, memory)
             with self._changed:
                 return self._give is give
@@ -468,7 +468,7 @@ class Incoming:
 
     def _take_frame(self, frame: Frame) -> Offer | None:
         """Put a piece where it belongs, or return the offer. Raises Refusal when there is nothing more to come."""
-        if frame.payload:
+        if len(frame.payload):
             self._take_piece(_PIECE.decode(frame.header), frame)
             return None
         news: Offer | Gone | Alive = _NEWS.decode(frame.header)

@@ -2,8 +2,8 @@
 
     target -> source   Hello             whose KV is asked for, and how it is laid out
     source -> target   Welcome | Gone    come in | why not
-    target -> source   a descriptor      on one host: memory to share
-    source -> target   Shared            whether it is used
+    target -> source   RingOffer         on one host: memory to share
+    source -> target   Shared            whether it is used; if not, other memory may be offered
 
 and from then on, one after the other and as often as wanted
 
@@ -29,13 +29,15 @@ import msgspec
 from ..core.links import KvSource, Link
 from ..errors import ProtocolError
 from . import shm, tcp
+from .ring import NUM_SLOTS, OwnRing, Rings, RingTarget
 from .tcp import SocketChannel
 from .transport import MAX_PAYLOAD, PEER_LIMIT_S, Channel, decode
 
-VERSION = 3
+VERSION = 4
+HOST_RINGS: tuple[Rings, ...] = (shm.HostRings(),)
 RETRY_S = 1.0
 """Between two attempts to make a link."""
-PROBE_FRAMES = shm.NUM_SLOTS
+PROBE_FRAMES = NUM_SLOTS
 """Full frames that a source sends at once for nothing: who sends them does not hear meanwhile that a slot is free."""
 PROBES = 5
 """A link is measured by so many empty exchanges and as many full ones: some ten milliseconds of both ends' time."""
@@ -55,22 +57,28 @@ class Layout(msgspec.Struct, frozen=True):
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
-    """From who knows the fleet's ``token``, to this ``epoch`` of an instance. ``ring``: there is memory to share."""
+    """From who knows the fleet's ``token``, to this ``epoch`` of an instance."""
 
     version: int
     token: str
     instance: str
     epoch: int
     layout: Layout
-    ring: bool = False
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):
     """The source talks to the target."""
 
 
+class RingOffer(msgspec.Struct, frozen=True, tag=True):
+    """Memory of that kind (ring.py), which is passed right after."""
+
+    kind: str
+    handle: bytes
+
+
 class Shared(msgspec.Struct, frozen=True, tag=True):
-    """Payloads go through the memory that was passed, or they do not."""
+    """Payloads go through the memory that was offered, or they do not."""
 
     ring: bool
 
@@ -103,11 +111,12 @@ _PROBED = msgspec.msgpack.Decoder(Probed)
 class KvLink:
     """A connection to ``source``. One thread at a time uses it; ``control`` may be shut down from any."""
 
-    def __init__(self, source: KvSource, hello: Hello) -> None:
+    def __init__(self, source: KvSource, hello: Hello, rings: tuple[Rings, ...]) -> None:
         """Connect. Raises OSError, and ValueError for an address that is none."""
         self.source = source
         self._hello = msgspec.structs.replace(hello, instance=source.instance, epoch=source.epoch)
-        self._ring: shm.OwnRing | None = None
+        self._rings = rings if tcp.is_local(source.address) else ()
+        self._ring: OwnRing | None = None
         self._channel: Channel | None = None
         self.control = SocketChannel(tcp.connect(source.address))
 
@@ -128,15 +137,22 @@ class KvLink:
             return
         control = self.control
         control.limit_receive(limit_s)
-        self._ring = shm.make_ring() if tcp.is_local(self.source.address) else None
-        control.send(encode(msgspec.structs.replace(self._hello, ring=self._ring is not None)))
+        control.send(encode(self._hello))
         self._hear()
-        self._channel = control
-        if self._ring is not None:
-            shm.pass_ring(control.sock, self._ring)
+        channel: Channel = control
+        for rings in self._rings:
+            self._ring = ring = rings.make()
+            if ring is None:
+                continue
+            control.send(encode(RingOffer(rings.kind, ring.handle)))
+            ring.pass_on(control.sock)
             answer = self._hear()
             if isinstance(answer, Shared) and answer.ring:
-                self._channel = shm.RingTarget(control, self._ring)
+                channel = RingTarget(control, ring)
+                break
+            self._ring = None
+            ring.close()
+        self._channel = channel
 
     def _hear(self) -> Welcome | Shared:
         answer = self.control.receive(lambda frame: decode(_ANSWER, frame.header))
@@ -188,14 +204,19 @@ class _Kept:
 
 class KvLinks:
     """An instance's links to its sources. ``hello`` is what it says to each; ``told`` hears, from a thread, of each
-    source that it keeps a link to: how it was measured, or None and why there is none. ``limit_s``: a source that says
-    nothing for so long is taken for dead."""
+    source that it keeps a link to: how it was measured, or None and why there is none. ``rings``: through which memory
+    KV may come on one host, best first. ``limit_s``: a source that says nothing for so long is taken for dead."""
 
     def __init__(
-        self, hello: Hello, told: Callable[[KvSource, Link | None, str], None], limit_s: float = PEER_LIMIT_S
+        self,
+        hello: Hello,
+        told: Callable[[KvSource, Link | None, str], None],
+        rings: tuple[Rings, ...] = HOST_RINGS,
+        limit_s: float = PEER_LIMIT_S,
     ) -> None:
         self._hello = hello
         self._told = told
+        self._rings = rings
         self.limit_s = limit_s
         self._changed = threading.Condition()
         self._kept: dict[KvSource, _Kept] = {}
@@ -236,7 +257,7 @@ class KvLinks:
 
     def connect(self, source: KvSource) -> KvLink:
         """A new one, for one handoff. Raises OSError and ValueError."""
-        return KvLink(source, self._hello)
+        return KvLink(source, self._hello, self._rings)
 
     def give_back(self, link: KvLink) -> None:
         """Nothing is under way on it."""

@@ -11,10 +11,23 @@ from hmac import compare_digest
 import msgspec
 
 from ..errors import ProtocolError
-from . import shm
 from .kv import Open, Outgoing
-from .links import VERSION, Gone, Hello, Layout, Probe, Refusal, Shared, Welcome, answer_probe, encode
+from .links import (
+    HOST_RINGS,
+    VERSION,
+    Gone,
+    Hello,
+    Layout,
+    Probe,
+    Refusal,
+    RingOffer,
+    Shared,
+    Welcome,
+    answer_probe,
+    encode,
+)
 from .listener import Listener
+from .ring import Rings, RingSource
 from .tcp import SocketChannel
 from .transport import PEER_LIMIT_S, Channel
 
@@ -23,12 +36,13 @@ MAX_CONNECTIONS = 128
 _log = logging.getLogger(__name__)
 
 _HELLO = msgspec.msgpack.Decoder(Hello)
-_ASKED = msgspec.msgpack.Decoder(Open | Probe)
+_ASKED: msgspec.msgpack.Decoder[Open | Probe | RingOffer] = msgspec.msgpack.Decoder(Open | Probe | RingOffer)
 
 
 class KvServer:
     """Gives the KV of one instance's requests to others, at ``address``. ``opened`` is called from a thread with each
-    handoff that is asked for, to ``admit`` or ``deny`` it; ``settled`` as Outgoing says. ``most`` connections at once.
+    handoff that is asked for, to ``admit`` or ``deny`` it; ``settled`` as Outgoing says. ``rings``: memory that it can
+    go through on one host. ``most`` connections at once.
 
     Raises OSError when the address is taken, and ValueError when it is none.
     """
@@ -42,6 +56,7 @@ class KvServer:
         token: str,
         opened: Callable[[Outgoing], None],
         settled: Callable[[Outgoing], None],
+        rings: tuple[Rings, ...] = HOST_RINGS,
         most: int = MAX_CONNECTIONS,
     ) -> None:
         self._layout = layout
@@ -50,6 +65,7 @@ class KvServer:
         self._token = token
         self._opened = opened
         self._settled = settled
+        self._rings = {one.kind: one for one in rings}
         self._lock = threading.Lock()
         self._handoffs: dict[threading.Thread, Outgoing] = {}
         self._closed = False
@@ -69,9 +85,10 @@ class KvServer:
     def _serve(self, control: SocketChannel) -> None:
         with contextlib.ExitStack() as stack:
             try:
-                channel = self._let_in(control, stack)
-                while self._answer(control, channel):
-                    pass
+                self._let_in(control)
+                channel: Channel | None = control
+                while channel is not None:
+                    channel = self._answer(control, channel, stack)
             except Refusal as refusal:
                 with contextlib.suppress(OSError):
                     control.send(encode(Gone(str(refusal))))
@@ -80,7 +97,7 @@ class KvServer:
             except (OSError, ProtocolError, msgspec.DecodeError) as error:
                 _log.warning("somebody who asked for KV broke off: %s", error)
 
-    def _let_in(self, control: SocketChannel, stack: contextlib.ExitStack) -> Channel:
+    def _let_in(self, control: SocketChannel) -> None:
         """Hear who comes, and see that it is one of the fleet, within PEER_LIMIT_S in all."""
         limit = threading.Timer(PEER_LIMIT_S, control.close)
         limit.daemon = True
@@ -89,23 +106,18 @@ class KvServer:
             hello = control.receive(lambda frame: _HELLO.decode(frame.header))
             self._check(hello)
             control.send(encode(Welcome()))
-            channel: Channel = control
-            if hello.ring:
-                ring = shm.take_ring(control.sock)
-                if ring is not None:
-                    stack.callback(ring.close)
-                    channel = shm.RingSource(control, ring)
-                control.send(encode(Shared(ring is not None)))
-            return channel
         finally:
             limit.cancel()
 
-    def _answer(self, control: SocketChannel, channel: Channel) -> bool:
-        """A probe, or a handoff from what its target asks for to its end. Whether another may follow."""
-        asked: Open | Probe = channel.receive(lambda frame: _ASKED.decode(frame.header))
+    def _answer(self, control: SocketChannel, channel: Channel, stack: contextlib.ExitStack) -> Channel | None:
+        """Memory to share, a probe, or a handoff from what its target asks for to its end. Returns where the next is
+        heard, None after the last."""
+        asked = channel.receive(lambda frame: _ASKED.decode(frame.header))
         if isinstance(asked, Probe):
             answer_probe(channel, asked)
-            return True
+            return channel
+        if isinstance(asked, RingOffer):
+            return self._share(control, asked, stack)
         outgoing = Outgoing(asked, self._layout, channel, self._settled)
         thread = threading.current_thread()
         with self._lock:
@@ -114,13 +126,22 @@ class KvServer:
             self._handoffs[thread] = outgoing
         try:
             self._opened(outgoing)
-            return outgoing.run()
+            return channel if outgoing.run() else None
         except Refusal as refusal:
             channel.send(encode(Gone(str(refusal))))
-            return True
+            return channel
         finally:
             with self._lock:
                 del self._handoffs[thread]
+
+    def _share(self, control: SocketChannel, offer: RingOffer, stack: contextlib.ExitStack) -> Channel:
+        rings = self._rings.get(offer.kind)
+        ring = None if rings is None else rings.take(control.sock, offer.handle)
+        control.send(encode(Shared(ring is not None)))
+        if ring is None:
+            return control
+        stack.callback(ring.close)
+        return RingSource(control, ring)
 
     def _check(self, hello: Hello) -> None:
         """Raise Refusal unless this instance is the one that is asked, by one of the fleet that can use its KV."""

@@ -1,8 +1,8 @@
 """A channel of frames between two threads of two processes: a small header, and a payload that is copied once at most.
 
 Payloads are written in place and read in place, wherever the transport keeps them: a socket's buffer (tcp.py), or
-memory that both processes map (shm.py). Each frame has a checksum, which is made here and checked here. The calls block
-and are made from threads: one that sends, one that receives; ``close`` may come from any.
+memory that both processes share (ring.py). Each frame has a checksum, which is made here and checked here. The calls
+block and are made from threads: one that sends, one that receives; ``close`` may come from any.
 
 A broken channel raises OSError, bytes that are no frame ProtocolError; then the channel is of no more use.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -25,7 +25,9 @@ enough that the next layer's begins to leave soon."""
 PEER_LIMIT_S = 10.0
 """A peer that takes nothing for so long is as good as dead."""
 
-Fill = Callable[[memoryview], bool]
+Payload = Any
+"""Bytes in place: a memoryview, or PyTorch's tensor of uint8 where the memory is a device's."""
+Fill = Callable[[Payload], bool]
 """Writes a payload in place; False when it came to nothing, then the frame is not sent."""
 
 
@@ -34,7 +36,7 @@ class Frame:
     """``payload`` may be read until the function that was given the frame returns."""
 
     header: bytes
-    payload: memoryview
+    payload: Payload
     checksum: int
 
 

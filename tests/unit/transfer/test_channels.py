@@ -14,11 +14,14 @@ from random import Random
 import pytest
 
 from hyperflexis.errors import ProtocolError
-from hyperflexis.transfer import shm, tcp
+from hyperflexis.transfer import ring, tcp
+from hyperflexis.transfer.ring import NUM_SLOTS, RingSource, RingTarget
+from hyperflexis.transfer.shm import HostRings, OwnHostRing
 from hyperflexis.transfer.tcp import SocketChannel
-from hyperflexis.transfer.transport import MAX_PAYLOAD, Channel, Frame
+from hyperflexis.transfer.transport import MAX_PAYLOAD, Channel, Frame, Payload
 
 LIMIT_S = 20.0
+HOST = HostRings()
 
 
 @dataclass
@@ -31,7 +34,7 @@ class Ends:
     target_socket: socket.socket
 
 
-@pytest.fixture(params=["tcp", "unix", "shm"])
+@pytest.fixture(params=["tcp", "unix", "host", "device"])
 def ends(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Ends]:
     address = "127.0.0.1:0" if request.param == "tcp" else f"unix:{tmp_path}/s"
     listener, address = tcp.listen(address)
@@ -40,21 +43,33 @@ def ends(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Ends]:
     listener.close()
     source: Channel = SocketChannel(source_socket)
     target: Channel = SocketChannel(target_socket)
-    rings: list[shm.Ring] = []
-    if request.param == "shm":
-        own = shm.make_ring()
-        assert own is not None
-        shm.pass_ring(target_socket, own)
-        ring = shm.take_ring(source_socket)
-        assert ring is not None
-        rings = [own, ring]
+    rings: list[ring.Ring] = []
+    if request.param == "host":
+        own = host_ring()
+        own.pass_on(target_socket)
+        theirs = HOST.take(source_socket, own.handle)
+        assert theirs is not None
+        rings = [own, theirs]
+    if request.param == "device":
+        torch = pytest.importorskip("torch", reason="device memory is PyTorch's")
+        from hyperflexis.engines.torch.device_ring import DeviceRing
+
+        memory = torch.zeros(ring.RING_BYTES, dtype=torch.uint8)  # of a device that is the CPU
+        rings = [DeviceRing(memory), DeviceRing(memory)]
+    if rings:
         assert isinstance(source, SocketChannel) and isinstance(target, SocketChannel)
-        source, target = shm.RingSource(source, ring), shm.RingTarget(target, own)
+        source, target = RingSource(source, rings[1]), RingTarget(target, rings[0])
     yield Ends(source, target, source_socket, target_socket)
     source_socket.close()
     target_socket.close()
     for one in rings:
         one.close()
+
+
+def host_ring() -> OwnHostRing:
+    found = HOST.make()
+    assert found is not None
+    return found
 
 
 def in_thread(call: Callable[[], object]) -> threading.Thread:
@@ -69,15 +84,20 @@ def ended(thread: threading.Thread) -> None:
 
 
 def filler(data: bytes) -> Callable[[memoryview], bool]:
-    def fill(memory: memoryview) -> bool:
-        memory[:] = data
+    def fill(memory: Payload) -> bool:
+        in_host(memory)[:] = data
         return True
 
     return fill
 
 
+def in_host(memory: Payload) -> memoryview:
+    """The same memory: the device here is the CPU."""
+    return memory if isinstance(memory, memoryview) else memory.numpy().data
+
+
 def copied(frame: Frame) -> tuple[bytes, bytes, int]:
-    return frame.header, bytes(frame.payload), frame.checksum
+    return frame.header, bytes(in_host(frame.payload)), frame.checksum
 
 
 def test_frames_arrive_as_they_were_sent_in_order(ends: Ends) -> None:
@@ -101,7 +121,7 @@ def test_frames_arrive_as_they_were_sent_in_order(ends: Ends) -> None:
 
 
 def test_what_was_filled_with_nothing_is_not_sent(ends: Ends) -> None:
-    for _ in range(3 * shm.NUM_SLOTS):
+    for _ in range(3 * NUM_SLOTS):
         assert ends.source.send(b"nothing", 10, lambda memory: False) is None
     ends.source.send(b"something", 2, filler(b"ab"))
     assert ends.target.receive(copied)[:2] == (b"something", b"ab")
@@ -178,13 +198,10 @@ def test_what_was_said_before_an_end_is_heard(ends: Ends) -> None:
 
 
 def test_a_wrong_bit_is_noticed(ends: Ends) -> None:
-    def damaged(memory: memoryview) -> bool:
-        memory[:] = b"abcd"
-        return True
-
-    if isinstance(ends.source, shm.RingSource):
-        ends.source.send(b"x", 4, damaged)
-        ends.source._ring.slot(0, 4)[2] ^= 1
+    if isinstance(ends.source, RingSource):
+        ends.source.send(b"x", 4, filler(b"abcd"))
+        with ends.source._ring.slot(0, 4) as payload:
+            payload[2] ^= 1
     else:
         frame = tcp._PREFIX.pack(1, 4, 0) + b"xabcd"
         ends.source_socket.sendall(frame)
@@ -203,43 +220,41 @@ def test_sizes_beyond_the_limits_are_refused_before_memory_is_taken(ends: Ends) 
 
 def test_a_ring_has_no_name_and_is_only_taken_whole(tmp_path: Path) -> None:
     before = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
-    ring = shm.make_ring()
-    assert ring is not None
+    own = host_ring()
     assert (set(os.listdir("/dev/shm")) if before or os.path.isdir("/dev/shm") else set()) == before
     here, there = socket.socketpair()
     with here, there:
-        shm.pass_ring(here, ring)
-        peer = shm.take_ring(there)
+        own.pass_on(here)
+        peer = HOST.take(there, b"")
         assert peer is not None
-        ring.slot(2, 3)[:] = b"abc"
+        own.slot(2, 3)[:] = b"abc"
         assert bytes(peer.slot(2, 3)) == b"abc"
         short = os.memfd_create("short")
         socket.send_fds(here, [b"\0"], [short])
         os.close(short)
-        assert shm.take_ring(there) is None
+        assert HOST.take(there, b"") is None
         here.sendall(b"\0")
-        assert shm.take_ring(there) is None, "no descriptor came"
+        assert HOST.take(there, b"") is None, "no descriptor came"
         here.close()
         with pytest.raises(OSError):
-            shm.take_ring(there)
-    ring.close()
+            HOST.take(there, b"")
+    own.close()
     peer.close()
 
 
-@pytest.mark.parametrize("slot", [shm.NUM_SLOTS, 254])
+@pytest.mark.parametrize("slot", [NUM_SLOTS, 254])
 def test_a_slot_that_the_ring_does_not_have_is_refused(slot: int) -> None:
     here, there = socket.socketpair()
-    ring = shm.make_ring()
-    assert ring is not None
+    own = host_ring()
     with here, there:
-        target = shm.RingTarget(SocketChannel(there), ring)
-        SocketChannel(here).send(shm._ENVELOPE.pack(slot, 4, 0) + b"x")
+        target = RingTarget(SocketChannel(there), own)
+        SocketChannel(here).send(ring._ENVELOPE.pack(slot, 4, 0) + b"x")
         with pytest.raises(ProtocolError, match=f"slot {slot}"):
             target.receive(copied)
         SocketChannel(here).send(b"short")
         with pytest.raises(ProtocolError, match="without its slot"):
             target.receive(copied)
-    ring.close()
+    own.close()
 
 
 def test_addresses(tmp_path: Path) -> None:

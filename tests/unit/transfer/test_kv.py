@@ -20,6 +20,7 @@ from hyperflexis.core.transfer import Piece, SourceState
 from hyperflexis.transfer import kv, links, tcp
 from hyperflexis.transfer.kv import Failed, Incoming, NeedsRoom, Offered, Open, Outgoing, digest_of
 from hyperflexis.transfer.links import Hello, KvLinks, Layout, Welcome
+from hyperflexis.transfer.ring import Rings
 from hyperflexis.transfer.server import KvServer
 from hyperflexis.transfer.tcp import SocketChannel
 
@@ -50,11 +51,13 @@ class Source:
 
     address: str
     most: int = 64
+    rings: tuple[Rings, ...] = links.HOST_RINGS
     opened: queue.Queue[Outgoing] = field(default_factory=queue.Queue)
     settled: queue.Queue[Outgoing] = field(default_factory=queue.Queue)
 
     def __post_init__(self) -> None:
-        self.server = KvServer(self.address, LAYOUT, "here", 3, "word", self.opened.put, self.settled.put, self.most)
+        opened, settled = self.opened.put, self.settled.put
+        self.server = KvServer(self.address, LAYOUT, "here", 3, "word", opened, settled, self.rings, self.most)
 
     def ended(self) -> SourceState:
         return self.settled.get(timeout=LIMIT_S).state
@@ -91,7 +94,7 @@ class Target:
         self.memory = Memory()
         self.room = room
         self.incoming = Incoming(
-            keeps or KvLinks(greeting(**hello), lambda *told: None, silent_s),
+            keeps or KvLinks(greeting(**hello), lambda *told: None, limit_s=silent_s),
             KvSource(source.server.address, hello.get("instance", "here"), hello.get("epoch", 3)),
             Open("r", start, num_tokens, digest_of(b"ids")),
             LAYOUT,

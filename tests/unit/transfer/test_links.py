@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import queue
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 from tests.unit.transfer.test_kv import LIMIT_S, Memory, Source, Target, admitted, greeting
@@ -14,7 +16,9 @@ from hyperflexis.core.links import KvSource, Link
 from hyperflexis.core.transfer import SourceState
 from hyperflexis.transfer import tcp
 from hyperflexis.transfer.kv import Failed, Offered
-from hyperflexis.transfer.links import KvLinks
+from hyperflexis.transfer.links import HOST_RINGS, KvLinks
+from hyperflexis.transfer.ring import RING_BYTES, Rings, RingTarget
+from hyperflexis.transfer.transport import MAX_PAYLOAD
 
 Told = tuple[KvSource, Link | None, str]
 
@@ -22,9 +26,9 @@ Told = tuple[KvSource, Link | None, str]
 class Keeper:
     """Keeps links, and what it was told of them."""
 
-    def __init__(self, **hello: object) -> None:
+    def __init__(self, rings: tuple[Rings, ...] = HOST_RINGS, **hello: object) -> None:
         self.told: queue.Queue[Told] = queue.Queue()
-        self.links = KvLinks(greeting(**hello), lambda *told: self.told.put(told), LIMIT_S)
+        self.links = KvLinks(greeting(**hello), lambda *told: self.told.put(told), rings, LIMIT_S)
 
     def hears(self) -> Told:
         return self.told.get(timeout=LIMIT_S)
@@ -73,6 +77,59 @@ def test_a_link_is_measured_ahead_and_serves_one_handoff_after_the_other(source:
 
 def threads_of(source: Source) -> set[threading.Thread]:
     return set(source.server._listener._threads)
+
+
+class DeviceRing:
+    """Both ends have the same ``memory``."""
+
+    def __init__(self, memory: bytearray, handle: bytes = b"") -> None:
+        self.memory = memory
+        self.handle = handle
+
+    def slot(self, number: int, size: int) -> memoryview:
+        return memoryview(self.memory)[number * MAX_PAYLOAD : number * MAX_PAYLOAD + size]
+
+    def checksum(self, header: bytes, payload: memoryview) -> int:
+        return crc32(payload, crc32(header))
+
+    def pass_on(self, sock: socket.socket) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class DeviceRings:
+    """The memory of a device that is this process's. ``opens``: whether a source can get at it."""
+
+    kind = "device"
+
+    def __init__(self, opens: bool = True) -> None:
+        self.opens = opens
+        self.made: list[bytearray] = []
+
+    def make(self) -> DeviceRing:
+        self.made.append(bytearray(RING_BYTES))
+        return DeviceRing(self.made[-1], b"%d" % (len(self.made) - 1))
+
+    def take(self, sock: socket.socket, handle: bytes) -> DeviceRing | None:
+        return DeviceRing(self.made[int(handle)]) if self.opens else None
+
+
+@pytest.mark.parametrize("way", ["both can", "the source cannot get at it", "the source has none", "over TCP"])
+def test_kv_comes_through_the_best_memory_that_both_ends_can_get_at(way: str, tmp_path: Path) -> None:
+    device = DeviceRings(opens=way != "the source cannot get at it")
+    address = "127.0.0.1:0" if way == "over TCP" else f"unix:{tmp_path}/kv"
+    source = Source(address, rings=HOST_RINGS if way == "the source has none" else (device, *HOST_RINGS))
+    keeper = Keeper(rings=(device, *HOST_RINGS))
+    keeper.links.keep([at(source)])
+    assert keeper.hears()[1] is not None
+    (link,) = (kept.link for kept in keeper.links._kept.values())
+    assert link is not None and isinstance(link.channel, RingTarget) == (way != "over TCP")
+    assert hand_over(source, keeper) is SourceState.HANDED
+    assert any(any(memory) for memory in device.made) == (way == "both can")
+    keeper.links.close()
+    source.server.close()
 
 
 def test_handoffs_at_once_have_connections_of_their_own(source: Source, keeper: Keeper) -> None:

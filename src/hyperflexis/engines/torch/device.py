@@ -77,7 +77,7 @@ class DeviceArena:
 
     def handle(self) -> bytes:
         """See Memory."""
-        return _handle_of(self.tensor) if self._shares else b""
+        return handle_of(self.tensor) if self._shares else b""
 
     def read(self, start: int, stop: int) -> memoryview:
         """See Memory: a copy in the host's memory."""
@@ -98,7 +98,8 @@ class DeviceArena:
         """See Memory: another device's, or the host's."""
         if descriptor is not None:
             return Mapped(descriptor, self.size)
-        return _opened(handle, self.size, self.tensor.device) if self.tensor.device.type == "cuda" else None
+        found = opened(handle, self.size, self.tensor.device) if self.tensor.device.type == "cuda" else None
+        return None if found is None else _Staged(found)
 
     def take(self, other: Foreign, start: int, stop: int) -> None:
         """See Memory."""
@@ -119,8 +120,8 @@ class DeviceArena:
                 torch.cuda.current_stream(self.tensor.device).synchronize()
 
 
-def _handle_of(tensor: torch.Tensor) -> bytes:
-    """For one reader: PyTorch counts them. Empty where the device's memory cannot be shared; bytes are sent then."""
+def handle_of(tensor: torch.Tensor) -> bytes:
+    """For one other process: PyTorch counts them. Empty where the device's memory cannot be shared."""
     try:
         _, *rest = tensor.untyped_storage()._share_cuda_()  # type: ignore[no-untyped-call]
     except RuntimeError:
@@ -128,12 +129,12 @@ def _handle_of(tensor: torch.Tensor) -> bytes:
     return msgspec.msgpack.encode(rest)
 
 
-def _opened(handle: bytes, size: int, device: torch.device) -> _Staged | None:
-    """None when it cannot be opened from here."""
+def opened(handle: bytes, size: int, device: torch.device) -> torch.Tensor | None:
+    """``size`` bytes of another process on this host; None when they cannot be had from here."""
     try:
         parts = _HANDLE.decode(handle)
         storage = torch.UntypedStorage._new_shared_cuda(device.index or 0, *parts)
     except (msgspec.DecodeError, RuntimeError):
         return None
     tensor = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-    return _Staged(tensor[:size]) if tensor.numel() >= size else None
+    return tensor[:size] if tensor.numel() >= size else None

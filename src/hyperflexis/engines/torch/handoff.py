@@ -1,8 +1,9 @@
 """The torch engine's side of KV handoffs: its cache as bytes, and what else a request is to go on elsewhere.
 
 A piece is [2 * kv heads, tokens, head_dim] of one layer in the cache's own dtype, whatever the block size. On a CPU it
-is gathered straight into the memory that is sent, and scattered straight out of that which came. On CUDA it goes
-through pinned memory on a stream of its own, which waits for the event that the model's stream reaches after the layer.
+is gathered straight into the memory that is sent, and scattered straight out of that which came. So it is on CUDA where
+that memory is a device's (device_ring.py); else it goes through pinned memory. All that on a stream of its own, which
+waits for the event that the model's stream reaches after the layer.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from ...core.transfer import Piece
 from ...errors import ProtocolError
 from ...sequences import Sequence
 from ...transfer.kv import Give, Take
-from ...transfer.links import Layout
+from ...transfer.links import HOST_RINGS, Layout
+from ...transfer.ring import Rings
+from ...transfer.transport import Payload
 from ...wire import TokenLogprob
+from .device_ring import DeviceRings
 from .model import Model
 from .runner import stream_of
 
@@ -49,6 +53,8 @@ class TorchDevice:
             token_bytes=2 * config.num_kv_heads * config.head_dim * model.dtype.itemsize,
             model=f"{name} {config.digest}",
         )
+        on_host = self._device.type == "cpu"
+        self.rings: tuple[Rings, ...] = HOST_RINGS if on_host else (DeviceRings(self._device), *HOST_RINGS)
         self._computed: dict[int, torch.cuda.Event] = {}
 
     def give(self, seq: Sequence) -> Give:
@@ -91,29 +97,30 @@ class TorchDevice:
         return came.logprobs
 
     @torch.inference_mode()
-    def _read(self, blocks: list[int], piece: Piece, into: memoryview) -> None:
+    def _read(self, blocks: list[int], piece: Piece, into: Payload) -> None:
         memory = self._tensor(into, piece)
         if self._device.type == "cpu":
             self._cache.read(piece.layer, self._slots(blocks, piece), memory)
             return
         stream = self._stream(piece.layer)
         with torch.cuda.stream(stream):
-            gathered = torch.empty(memory.shape, dtype=memory.dtype, device=self._device)
+            gathered = found = memory if memory.is_cuda else torch.empty_like(memory, device=self._device)
             self._cache.read(piece.layer, self._slots(blocks, piece), gathered)
-            pinned = torch.empty(memory.shape, dtype=memory.dtype, pin_memory=True)
-            pinned.copy_(gathered, non_blocking=True)
+            if not memory.is_cuda:
+                found = torch.empty_like(memory, pin_memory=True).copy_(gathered, non_blocking=True)
         stream.synchronize()
-        memory.copy_(pinned)
+        if not memory.is_cuda:
+            memory.copy_(found)
 
     @torch.inference_mode()
-    def _write(self, blocks: list[int], piece: Piece, source: memoryview) -> None:
+    def _write(self, blocks: list[int], piece: Piece, source: Payload) -> None:
         memory = self._tensor(source, piece)
         if self._device.type == "cpu":
             self._cache.write(piece.layer, self._slots(blocks, piece), memory.transpose(0, 1))
             return
         stream = self._stream(piece.layer)
         with torch.cuda.stream(stream):
-            came = memory.pin_memory().to(self._device, non_blocking=True)
+            came = memory if memory.is_cuda else memory.pin_memory().to(self._device, non_blocking=True)
             self._cache.write(piece.layer, self._slots(blocks, piece), came.transpose(0, 1))
         stream.synchronize()
 
@@ -123,9 +130,10 @@ class TorchDevice:
         stream.wait_event(self._computed[layer])
         return stream
 
-    def _tensor(self, memory: memoryview, piece: Piece) -> Tensor:
+    def _tensor(self, memory: Payload, piece: Piece) -> Tensor:
         cache = self._cache
-        flat = torch.frombuffer(memory, dtype=cache.layers[0].dtype)
+        dtype = cache.layers[0].dtype
+        flat = memory.view(dtype) if isinstance(memory, Tensor) else torch.frombuffer(memory, dtype=dtype)
         return flat.view(2 * cache.num_kv_heads, piece.count, cache.head_dim)
 
     def _slots(self, blocks: list[int], piece: Piece) -> Tensor:

@@ -101,13 +101,13 @@ class Fetched:
 
 
 class NixlHandoffs:
-    """See the module. ``model`` names what two servers must have in common for one's KV to be of use to the other.
+    """See the module; ``config`` has an address. ``model`` names what two servers must have in common for one's KV to
+    be of use to the other.
 
     Raises HyperFlexisError when ``config.listen`` cannot be listened at.
     """
 
     def __init__(self, config: HandoffConfig, model: str, ending: Ending | None, linked: Linked | None) -> None:
-        assert config.listen is not None
         self._ending = ending
         self._linked = linked
         self._loop = asyncio.get_running_loop()
@@ -118,7 +118,9 @@ class NixlHandoffs:
             Hello(VERSION, config.token, "", 0, self._layout), partial(self._post, self._link_is_known)
         )
         opened, settled = partial(self._post, self._opened), partial(self._post, self._settled)
-        self._server = config.serve(config.listen, self._layout, opened, settled)
+        server = config.serve(self._layout, opened, settled)
+        assert server is not None
+        self._server = server
 
     @property
     def address(self) -> str:

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 from tests.contract.support import Driver, driven
+from tests.unit.engines.torch.ring_case import OneProcess
 
 from hyperflexis.core.links import KvSource
+from hyperflexis.engines.torch import handoff
 from hyperflexis.engines.torch.engine import TorchConfig, TorchEngine
 from hyperflexis.engines.torch.loader import load
 from hyperflexis.engines.torch.runner import Runner, Work
@@ -35,11 +37,14 @@ def kv_of(one: TorchEngine, blocks: list[int], tokens: int) -> list[torch.Tensor
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("address", ["unix", "tcp"])
+@pytest.mark.parametrize("way", ["host memory", "device memory", "tcp"])
 async def test_kv_arrives_bit_by_bit_whatever_the_block_size(
-    small_model: Path, tmp_path: Path, dtype: str, address: str
+    small_model: Path, tmp_path: Path, dtype: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    listen = f"unix:{tmp_path}/kv" if address == "unix" else "127.0.0.1:0"
+    listen = "127.0.0.1:0" if way == "tcp" else f"unix:{tmp_path}/kv"
+    device = OneProcess(torch.device("cpu"))
+    if way == "device memory":
+        monkeypatch.setattr(handoff, "HOST_RINGS", (device,))
     one = engine(small_model, dtype=dtype, kv_listen=listen, block_size=16)
     other = engine(small_model, dtype=dtype, block_size=7)
     async with driven(one, "one") as source, driven(other, "other") as target:
@@ -68,6 +73,7 @@ async def test_kv_arrives_bit_by_bit_whatever_the_block_size(
             assert a.abs().sum() > 0
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
         assert (await hands[0].ended()).finish == "length"
+    assert any(bool(ring.any()) for ring in device.made) == (way == "device memory")
 
 
 def test_layers_are_told_when_their_kv_is_in_the_cache(small_model: Path) -> None:
