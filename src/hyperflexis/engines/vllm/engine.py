@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import re
 import shutil
@@ -44,6 +43,7 @@ from ..torch.config import DTYPE_BYTES, load_config
 from .handoff import DECODES_ELSEWHERE, Fetched, NixlHandoffs
 from .server import Recipe, VllmServer, start_server
 from .sleep import Sleeper
+from .startup import agree, fingerprint, warm_up
 from .terms import MAX_REPORT_BYTES, PROBE, REPORTS_VARIABLE, SENT, Capabilities, Promise, StepReport
 from .window import Window
 
@@ -51,14 +51,6 @@ LEAST_VERSION = (0, 10, 2)
 """The first that returns token ids."""
 MAX_BATCH, MAX_BATCH_TOKENS = 256, 2048
 """vLLM's own, where a server tells no others."""
-WARM_UP_TOKENS, WARM_UP_OUTPUT, WARM_UP_BATCH = 512, 16, 16
-"""Of the requests with which a server is warmed up. Some of the ids in them are in any vocabulary."""
-WARM_UP_ROUNDS = 2
-"""What is quickest in any of them counts: the rest of the fleet starts at the same time."""
-CHECK = {"prompt": [1 + 7 * place % 97 for place in range(16)], "temperature": 0, "logprobs": 5}
-"""What a standby is asked before it sleeps and after it woke."""
-CHECK_TOLERANCE = 0.05
-"""In log-probabilities. The same kernels compute both, so they hardly differ; other weights are far off."""
 REPORT_LIVES_S = 2.0
 """Older than this, what the scheduler told last says nothing any more."""
 _log = logging.getLogger(__name__)
@@ -96,18 +88,6 @@ class _Probed(msgspec.Struct):
 
 class _Version(msgspec.Struct):
     version: str
-
-
-class _Top(msgspec.Struct):
-    top_logprobs: list[dict[str, float]]
-
-
-class _Check(msgspec.Struct):
-    logprobs: _Top
-
-
-class _Checked(msgspec.Struct):
-    choices: list[_Check] = []
 
 
 _PROMPT = msgspec.json.Decoder(_Prompt)
@@ -166,8 +146,8 @@ class VllmEngine(OpenAIEngine):
             ended.add_done_callback(self._server_gone)
         info = self._described(info)
         try:
-            prompt = min(WARM_UP_TOKENS, info.max_batch_tokens, info.context_length // 2)
-            await self._warm_up(prompt, min(WARM_UP_BATCH, info.max_batch))
+            longest = min(info.max_batch_tokens, info.context_length // 2)
+            await warm_up(self._one_token, self._fit, longest, info.max_batch)
             if start.standby:
                 await self._lie_down()
             if config.kv_listen is not None:
@@ -190,7 +170,8 @@ class VllmEngine(OpenAIEngine):
         try:
             await self._sleeper.wake([source.address for source in order.sources], order.digest)
             woken = self._clock()
-            problem = "" if await self._agrees() else "the server computes otherwise than before it slept"
+            same = agree(await fingerprint(self._one_token), self._fingerprint)
+            problem = "" if same else "the server computes otherwise than before it slept"
         except HyperFlexisError as error:
             problem = str(error)
         if problem:
@@ -274,65 +255,15 @@ class VllmEngine(OpenAIEngine):
                     "--kv-transfer-config for NixlConnector (docs/engines/vllm.md)"
                 )
 
-    async def _warm_up(self, num_tokens: int, batch: int) -> None:
-        """The first prompt of a server is slow, which must not look as if it hung. What the next ones take, one alone
-        and ``batch`` at once, tells the fits here and inside where to begin."""
-        first = itertools.count()
-
-        async def seconds(requests: int, prompt: int, output: int) -> float:
-            began = self._clock()
-            await asyncio.gather(
-                *(
-                    self._one_token(
-                        {
-                            "prompt": [1 + (number + place * (number + 1)) % 97 for place in range(prompt)],
-                            "max_tokens": output,
-                            "ignore_eos": True,
-                        }
-                    )
-                    for number in (next(first) for _ in range(requests))
-                )
-            )
-            return self._clock() - began
-
-        few = num_tokens // batch
-        shapes = (
-            (1, num_tokens, 1),
-            (1, num_tokens, 1 + WARM_UP_OUTPUT),
-            (batch, few, 1),
-            (batch, few, 1 + WARM_UP_OUTPUT),
-        )
-        await seconds(1, num_tokens, 1)
-        rounds = [[await seconds(*shape) for shape in shapes] for _ in range(WARM_UP_ROUNDS)]
-        prefill_s, alone_s, begun_s, together_s = (min(found) for found in zip(*rounds, strict=True))
-        for _ in range(WARM_UP_ROUNDS):
-            self._fit.observe(num_tokens, 0.5 * num_tokens**2, 0, 0, prefill_s)
-            self._fit.observe(0, 0.0, 1, num_tokens, (alone_s - prefill_s) / WARM_UP_OUTPUT)
-            self._fit.observe(0, 0.0, batch, batch * few, (together_s - begun_s) / WARM_UP_OUTPUT)
-
     async def _lie_down(self) -> None:
         self._sleeper = Sleeper(self._url, self._probes)
         await self._sleeper.check()
-        self._fingerprint = await self._top_logprobs()
+        self._fingerprint = await fingerprint(self._one_token)
         if not self._fingerprint:
             raise HyperFlexisError(
                 f"{self._url} tells no log-probabilities, by which a standby is checked when it wakes"
             )
         await self._sleeper.sleep()
-
-    async def _top_logprobs(self) -> dict[str, float]:
-        """After a fixed prompt, by token; empty where the server fails."""
-        try:
-            choices = msgspec.json.decode(await self._one_token(CHECK), type=_Checked).choices
-        except msgspec.DecodeError:
-            return {}
-        return choices[0].logprobs.top_logprobs[0] if choices and choices[0].logprobs.top_logprobs else {}
-
-    async def _agrees(self) -> bool:
-        found, before = await self._top_logprobs(), self._fingerprint
-        return found.keys() == before.keys() and all(
-            abs(found[token] - value) <= CHECK_TOLERANCE for token, value in before.items()
-        )
 
     async def _find_version(self) -> str:
         """Raises HyperFlexisError for what is no vLLM, or one that cannot return token ids."""
