@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperflexis.core.cold_fit import FAST_PATIENCE, ColdFit
+from hyperflexis.core.cold_fit import ColdFit
 from hyperflexis.core.latency import Coefficients
 
 GUESS = Coefficients(0.015, 5e-5, 2e-9, 5e-5, 5e-8, 0.5)
@@ -77,6 +77,17 @@ def test_cheap_chunks_of_a_profile_stay_cheap(scale: float, seed: int) -> None:
         assert server.error(prompt, 0.5 * prompt**2, 8, 2400) < 1.3, f"seed {seed}"
 
 
+@settings(max_examples=10)
+@given(st.floats(6.0, 12.0), st.integers(0, 10_000))
+def test_a_curve_does_not_hide_prompts_of_a_far_faster_device(faster: float, seed: int) -> None:
+    guess = replace(GPU, curve=((0.0, 0.0), (256.0, 60.0), (512.0, 250.0)))
+    true = Coefficients(GPU.c0 / faster, GPU.c1 / faster, GPU.c2 / faster, GPU.c3 / faster, GPU.c4 / faster)
+    server = Server(replace(true, curve=guess.curve), seed, 0.05)
+    server.fit = ColdFit(guess, 1.0, 1)
+    server.work(1000)
+    assert server.error(300, 0.5 * 300**2, 8, 2400) < 1.5, f"seed {seed}"
+
+
 @settings(max_examples=20)
 @given(DEVICES, st.integers(0, 10_000))
 def test_steady_decodes_leave_what_is_known_of_prompts(true: Coefficients, seed: int) -> None:
@@ -101,7 +112,7 @@ def test_a_few_that_are_far_too_fast_correct_it_at_once() -> None:
     for _ in range(100):
         server.observe((0, 0.0, 8, 2400), 8.0)
     assert server.error(0, 0.0, 8, 2400) > 5.0
-    for _ in range(FAST_PATIENCE + 1):
+    for _ in range(5):
         server.observe((0, 0.0, 8, 2400))
     assert server.error(0, 0.0, 8, 2400) < 1.3
 

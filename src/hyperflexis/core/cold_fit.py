@@ -6,8 +6,8 @@ that are rough: those of a vLLM server begin while it may still be busy with oth
     estimate     recursive least squares on relative errors, in units of the guess, none negative
     forgetting   only along the direction of an observation: what was learnt of prompts is not lost over a thousand
                  decodes (Hägglund, Recursive estimation of slowly time-varying parameters, IFAC 1985)
-    too fast     nothing is twice as fast as it can be by accident: FAST_PATIENCE such observations in a row, and what
-                 was learnt before, of a busy machine, is a guess again
+    too fast     nothing is faster than it can be by accident: once observations are so by much or for long, what was
+                 learnt before, of a busy machine, is a guess again (Page's cumulative sum, Biometrika 1954)
     too slow     by accident is common: once some is known, an observation counts as at most twice as slow as expected
 """
 
@@ -17,8 +17,9 @@ from math import inf
 
 from .latency import REFRESH_EVERY, Coefficients
 
-TOO_FAST = 0.5
-FAST_PATIENCE = 4
+FAST_DRIFT, FAST_LIMIT = 0.15, 2.0
+"""What an observation is faster than predicted, as a share, counts beyond the first; as much of it in all as the second
+is too fast."""
 KNOWN = 32
 """Observations after which some is known."""
 NOISE = 0.1
@@ -37,7 +38,7 @@ class ColdFit:
         self._scale = [max(c, 1e-7 * max(guess.c0, 1e-6)) for c in self._theta]
         self._variance = spread * spread
         self._q90 = guess.q90
-        self._curve = guess.curve
+        self._guess = guess
         self._refresh_every = refresh_every
         self._refresh_at = 1
         self._seen = 0
@@ -48,25 +49,28 @@ class ColdFit:
         """Nothing is known but by guess."""
         self._p = [[self._variance if i == j else 0.0 for j in range(5)] for i in range(5)]
         self._known_at = self._seen + KNOWN
-        self._fast = 0
+        self._fast = 0.0
 
     def observe(
         self, prefill_tokens: float, attention: float, decodes: float, kv_tokens: float, seconds: float
     ) -> None:
-        """Take in an iteration's shape (see latency.py), or the mean of some, and how long it took.
+        """Take in an iteration's shape (see latency.py), or where there is no curve the mean of some, and how long it
+        took.
 
         Durations that are not positive and finite are ignored.
         """
         if not 0.0 < seconds < inf:
             return
         self._seen += 1
-        if self._curve:
-            row = self.coefficients.row(prefill_tokens, attention, decodes, kv_tokens)
+        if self._guess.curve:
+            # By the guess: were c1 once cut to zero here, prompts would be in no row any more.
+            row = self._guess.row(prefill_tokens, attention, decodes, kv_tokens)
             prefill_tokens, attention, decodes, kv_tokens = row
         c0, c1, c2, c3, c4 = self._theta
         predicted = c0 + c1 * prefill_tokens + c2 * attention + c3 * decodes + c4 * kv_tokens
-        self._fast = self._fast + 1 if seconds < TOO_FAST * predicted else 0
-        if self._fast >= FAST_PATIENCE:
+        if predicted > 0.0:
+            self._fast = max(self._fast + 1.0 - seconds / predicted - FAST_DRIFT, 0.0)
+        if self._fast >= FAST_LIMIT:
             self._begin()
         weight_s = min(max(predicted, seconds / FARTHEST), seconds * FARTHEST)
         error = (seconds - predicted) / weight_s
@@ -78,7 +82,7 @@ class ColdFit:
         if self._seen >= self._refresh_at:
             self._refresh_at += min(self._refresh_every, 1 + self._seen // 8)
             c0, c1, c2, c3, c4 = self._theta
-            self.coefficients = Coefficients(c0, c1, c2, c3, c4, self._q90, self._curve)
+            self.coefficients = Coefficients(c0, c1, c2, c3, c4, self._q90, self._guess.curve)
 
     def _update(self, y: tuple[float, float, float, float, float], error: float) -> None:
         """``y`` is the observation in units of the guess, over its weight."""

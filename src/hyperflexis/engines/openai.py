@@ -19,7 +19,7 @@ import re
 import time
 from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import aiohttp
@@ -87,11 +87,12 @@ class OpenAIConfig:
     probe_every_s: float = 1.0
 
 
-def first_fit(profile: Profile | None, refresh_every: int = REFRESH_EVERY) -> ColdFit:
-    """Of a server that was not watched yet, whose ``profile`` says where to begin."""
+def first_fit(profile: Profile | None, refresh_every: int = REFRESH_EVERY, curve: bool = True) -> ColdFit:
+    """Of a server that was not watched yet, whose ``profile`` says where to begin, with its ``curve`` or without."""
     if profile is None:
         return ColdFit(FALLBACK_LATENCY, FALLBACK_SPREAD, refresh_every)
-    return ColdFit(profile.coefficients, 1.0, refresh_every)
+    guess = profile.coefficients
+    return ColdFit(guess if curve else replace(guess, curve=()), 1.0, refresh_every)
 
 
 _BODY = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -149,7 +150,8 @@ class OpenAIEngine:
         self._clock = time.monotonic
         self._url = config.url.rstrip("/")
         self._model = config.server_model or config.model
-        self._fit = first_fit(config.profile, refresh_every=1)
+        # What is seen from outside are means over iterations, of which a curve says nothing.
+        self._fit = first_fit(config.profile, refresh_every=1, curve=False)
         self._prior = self._fit.coefficients
         self._counters = _Counters()
         self._streams: dict[object, ServerStream] = {}
