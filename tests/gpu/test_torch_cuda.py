@@ -197,7 +197,7 @@ def test_kv_gets_from_one_process_s_device_into_another_s(tmp_path: Path) -> Non
     control.send(ring.handle)
     target = RingTarget(control, ring)
     for number in range(count):
-        header, piece = target.receive(lambda frame: (frame.header, frame.payload.clone()))
+        header, piece = target.receive(lambda frame: (frame.header, frame.payload.cpu()))
         assert header == b"%d" % number
         assert bool((piece == number).all()), f"piece {number}"
     over.set()

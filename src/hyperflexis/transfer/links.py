@@ -151,7 +151,7 @@ class KvLink:
                 channel = RingTarget(control, ring)
                 break
             self._ring = None
-            ring.close()
+            ring.withdraw()
         self._channel = channel
 
     def _hear(self) -> Welcome | Shared:

@@ -54,6 +54,9 @@ class OwnRing(Ring, Protocol):
     def pass_on(self, sock: socket.socket) -> None:
         """Pass what is no bytes to a peer, which must know this kind then. Raises OSError."""
 
+    def withdraw(self) -> None:
+        """Give it up: the peer cannot get at it."""
+
 
 class Rings(Protocol):
     """Memory of one ``kind``. Both ends of a link have to know it."""

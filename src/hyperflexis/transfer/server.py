@@ -137,11 +137,10 @@ class KvServer:
     def _share(self, control: SocketChannel, offer: RingOffer, stack: contextlib.ExitStack) -> Channel:
         rings = self._rings.get(offer.kind)
         ring = None if rings is None else rings.take(control.sock, offer.handle)
+        if ring is not None:
+            stack.callback(ring.close)
         control.send(encode(Shared(ring is not None)))
-        if ring is None:
-            return control
-        stack.callback(ring.close)
-        return RingSource(control, ring)
+        return control if ring is None else RingSource(control, ring)
 
     def _check(self, hello: Hello) -> None:
         """Raise Refusal unless this instance is the one that is asked, by one of the fleet that can use its KV."""

@@ -54,6 +54,10 @@ class OwnHostRing(HostRing):
         """See OwnRing."""
         socket.send_fds(sock, [b"\0"], [self._descriptor])
 
+    def withdraw(self) -> None:
+        """See OwnRing."""
+        self.close()
+
     def close(self) -> None:
         """Unmap it, and have it freed when the peer has done so too."""
         super().close()

@@ -52,10 +52,10 @@ def ends(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Ends]:
         rings = [own, theirs]
     if request.param == "device":
         torch = pytest.importorskip("torch", reason="device memory is PyTorch's")
-        from hyperflexis.engines.torch.device_ring import DeviceRing
+        from hyperflexis.engines.torch.device_ring import DeviceRing, TakenRing
 
         memory = torch.zeros(ring.RING_BYTES, dtype=torch.uint8)  # of a device that is the CPU
-        rings = [DeviceRing(memory), DeviceRing(memory)]
+        rings = [DeviceRing(memory), TakenRing(memory)]
     if rings:
         assert isinstance(source, SocketChannel) and isinstance(target, SocketChannel)
         source, target = RingSource(source, rings[1]), RingTarget(target, rings[0])
@@ -200,7 +200,8 @@ def test_what_was_said_before_an_end_is_heard(ends: Ends) -> None:
 def test_a_wrong_bit_is_noticed(ends: Ends) -> None:
     if isinstance(ends.source, RingSource):
         ends.source.send(b"x", 4, filler(b"abcd"))
-        with ends.source._ring.slot(0, 4) as payload:
+        assert isinstance(ends.target, RingTarget)
+        with ends.target._ring.slot(0, 4) as payload:
             payload[2] ^= 1
     else:
         frame = tcp._PREFIX.pack(1, 4, 0) + b"xabcd"

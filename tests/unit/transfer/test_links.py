@@ -85,6 +85,7 @@ class DeviceRing:
     def __init__(self, memory: bytearray, handle: bytes = b"") -> None:
         self.memory = memory
         self.handle = handle
+        self.withdrawn = False
 
     def slot(self, number: int, size: int) -> memoryview:
         return memoryview(self.memory)[number * MAX_PAYLOAD : number * MAX_PAYLOAD + size]
@@ -94,6 +95,9 @@ class DeviceRing:
 
     def pass_on(self, sock: socket.socket) -> None:
         pass
+
+    def withdraw(self) -> None:
+        self.withdrawn = True
 
     def close(self) -> None:
         pass
@@ -106,14 +110,14 @@ class DeviceRings:
 
     def __init__(self, opens: bool = True) -> None:
         self.opens = opens
-        self.made: list[bytearray] = []
+        self.made: list[DeviceRing] = []
 
     def make(self) -> DeviceRing:
-        self.made.append(bytearray(RING_BYTES))
-        return DeviceRing(self.made[-1], b"%d" % (len(self.made) - 1))
+        self.made.append(DeviceRing(bytearray(RING_BYTES), b"%d" % len(self.made)))
+        return self.made[-1]
 
     def take(self, sock: socket.socket, handle: bytes) -> DeviceRing | None:
-        return DeviceRing(self.made[int(handle)]) if self.opens else None
+        return DeviceRing(self.made[int(handle)].memory) if self.opens else None
 
 
 @pytest.mark.parametrize("way", ["both can", "the source cannot get at it", "the source has none", "over TCP"])
@@ -127,7 +131,8 @@ def test_kv_comes_through_the_best_memory_that_both_ends_can_get_at(way: str, tm
     (link,) = (kept.link for kept in keeper.links._kept.values())
     assert link is not None and isinstance(link.channel, RingTarget) == (way != "over TCP")
     assert hand_over(source, keeper) is SourceState.HANDED
-    assert any(any(memory) for memory in device.made) == (way == "both can")
+    assert [any(ring.memory) for ring in device.made] == {"both can": [True], "over TCP": []}.get(way, [False])
+    assert all(ring.withdrawn == (way != "both can") for ring in device.made)
     keeper.links.close()
     source.server.close()
 

@@ -25,7 +25,7 @@ _HANDLE: msgspec.msgpack.Decoder[_Handle] = msgspec.msgpack.Decoder(_Handle)
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def told() -> Iterator[None]:
     """What a device refuses is an OSError, as from any memory: the next way is tried."""
     try:
         yield
@@ -50,7 +50,7 @@ class _Staged:
 
     def read(self, start: int, stop: int) -> memoryview:
         """See Foreign: a copy in the host's memory."""
-        with _told():
+        with told():
             staging = self.staging(stop - start)
             staging.copy_(self.tensor[start:stop])
             return staging.numpy().data
@@ -85,7 +85,7 @@ class DeviceArena:
 
     def fill(self, start: int, stop: int, receive: Callable[[memoryview], None]) -> None:
         """See Memory."""
-        with _told():
+        with told():
             staging = self._staged.staging(stop - start)
         receive(staging.numpy().data)
         self._write(start, staging)
@@ -114,14 +114,15 @@ class DeviceArena:
         self._shares = False
 
     def _write(self, start: int, data: torch.Tensor) -> None:
-        with _told():
+        with told():
             self.tensor[start : start + data.numel()].copy_(data)
             if self.tensor.device.type == "cuda":
                 torch.cuda.current_stream(self.tensor.device).synchronize()
 
 
 def handle_of(tensor: torch.Tensor) -> bytes:
-    """For one other process: PyTorch counts them. Empty where the device's memory cannot be shared."""
+    """For one other process, which has to open it: until then PyTorch keeps the memory, unless it is told to
+    ``withdraw`` it. Empty where the device's memory cannot be shared."""
     try:
         _, *rest = tensor.untyped_storage()._share_cuda_()  # type: ignore[no-untyped-call]
     except RuntimeError:
@@ -129,10 +130,17 @@ def handle_of(tensor: torch.Tensor) -> bytes:
     return msgspec.msgpack.encode(rest)
 
 
+def withdraw(handle: bytes) -> None:
+    """Nobody opens this handle, which was made here."""
+    _, _, _, counter, offset, _, _ = _HANDLE.decode(handle)
+    torch.UntypedStorage._release_ipc_counter_cuda(counter, offset)
+
+
 def opened(handle: bytes, size: int, device: torch.device) -> torch.Tensor | None:
     """``size`` bytes of another process on this host; None when they cannot be had from here."""
     try:
         parts = _HANDLE.decode(handle)
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         storage = torch.UntypedStorage._new_shared_cuda(device.index or 0, *parts)
     except (msgspec.DecodeError, RuntimeError):
         return None

@@ -6,7 +6,7 @@ import socket
 
 import torch
 
-from hyperflexis.engines.torch.device_ring import DeviceRing
+from hyperflexis.engines.torch.device_ring import DeviceRing, TakenRing
 from hyperflexis.transfer.ring import RING_BYTES
 
 
@@ -23,5 +23,5 @@ class OneProcess:
         self.made.append(torch.zeros(RING_BYTES, dtype=torch.uint8, device=self._device))
         return DeviceRing(self.made[-1], b"%d" % (len(self.made) - 1))
 
-    def take(self, sock: socket.socket, handle: bytes) -> DeviceRing:
-        return DeviceRing(self.made[int(handle)])
+    def take(self, sock: socket.socket, handle: bytes) -> TakenRing:
+        return TakenRing(self.made[int(handle)])
