@@ -30,6 +30,8 @@ from .policy.budget import CAP_S
 from .policy.catalog import find_scaler
 from .policy.scale import (
     EVERY_S,
+    LEAST_HOLD_S,
+    Grant,
     ModelMemory,
     ModelScale,
     ScaleConfig,
@@ -258,7 +260,7 @@ class Scaling:
             seen[model] = one = self._see(cluster, scale, now)
             known = memories.get(model)
             if known is None or not known.grants:
-                known = replace(known or ModelMemory(), grants=((now, one.instances),))
+                known = replace(known or ModelMemory(), grants=(Grant(now, now + LEAST_HOLD_S, one.instances),))
             wish, memories[model] = self._policy(one, scale, known)
             wishes[model] = with_override(wish, known.asked)
         granted = bound({model: wish.instances for model, wish in wishes.items()}, self.config)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hyperflexis.core.demand import Sample, Tally
 from hyperflexis.policy.catalog import find_scaler
-from hyperflexis.policy.scale import ModelMemory, ModelScale, ScaleConfig, Seen, Wish, bound, desired, hold
+from hyperflexis.policy.scale import Grant, ModelMemory, ModelScale, ScaleConfig, Seen, Wish, bound, desired, hold
 
 WORK_S = 0.3
 """Seconds of an instance that a prompt takes."""
@@ -24,7 +24,7 @@ def planned(samples: Iterable[Sample], start_s: float, first: int, **limits: int
     """What is held each second, if instances that are wanted are there when they are ready; no request misses."""
     scale = ModelScale("m", start_s={"disk": start_s}, **limits)  # type: ignore[arg-type]
     config = ScaleConfig((scale,))
-    memory = ModelMemory(grants=((0.0, first),))
+    memory = ModelMemory(grants=(Grant(0.0, 5.0, first),))
     found, have = [], first
     for sample in samples:
         seen = Seen(sample.t, sample, have, have, 0, 0, 0.0, 0.0, start_s)
@@ -101,7 +101,7 @@ def test_what_is_granted_and_held_is_within_all_limits(
     config = ScaleConfig(scales, devices)
     wishes = {f"m{i}": wish for i, (wish, *_) in enumerate(models)}
     granted = bound(wishes, config)
-    memories = {name: ModelMemory(grants=((0.0, 60),)) for name in wishes}
+    memories = {name: ModelMemory(grants=(Grant(0.0, 300.0, 60),)) for name in wishes}
     ahead, _ = desired(Seen(1.0, Sample(1.0), 0, 0, 0, 0, 0.0, 0.0, 60.0), scales[0], ModelMemory())
     asked = {name: Wish(wish, 300.0, 0.0, ahead.forecast, "demand", "") for name, wish in wishes.items()}
     held, _ = hold(1.0, granted, dict.fromkeys(wishes, 60), asked, memories, config)
@@ -134,3 +134,36 @@ def test_every_scaler_answers(spec: str) -> None:
     for sample in poisson(5.0, 60, 1):
         wish, memory = policy(Seen(sample.t, sample, 4, 4, 30, 0, 2.0, 1.0, 20.0), ModelScale("m"), memory)
         assert 0 <= wish.instances < 50 and wish.reason
+
+
+def held_at(now: float, memory: ModelMemory, have: int, hold_s: float, count: int) -> tuple[int, ModelMemory]:
+    scale = ScaleConfig((ModelScale("m"),))
+    ahead, _ = desired(Seen(1.0, Sample(1.0), 0, 0, 0, 0, 0.0, 0.0, 60.0), scale.models[0], ModelMemory())
+    wish = Wish(count, hold_s, 0.0, ahead.forecast, "demand", "")
+    held, memories = hold(now, {"m": count}, {"m": have}, {"m": wish}, {"m": memory}, scale)
+    return held["m"], memories["m"]
+
+
+def test_a_grant_is_held_as_long_as_was_said_with_it_whatever_comes_later():
+    _, memory = held_at(0.0, ModelMemory(), 19, 25.0, 19)
+    held, memory = held_at(10.0, memory, 19, 1800.0, 8)
+    assert held == 19
+    held, memory = held_at(26.0, memory, 19, 1800.0, 6)
+    assert held == 8, "the spike is not held for half an hour"
+    held, memory = held_at(30.0, memory, 12, 5.0, 12)
+    assert held == 12
+    held, memory = held_at(40.0, memory, 12, 5.0, 1)
+    assert held == 8, "more in between does not end a longer hold"
+    held, _ = held_at(1811.0, memory, 12, 5.0, 1)
+    assert held == 6
+
+
+@pytest.mark.parametrize("surges", [False, True])
+def test_what_was_there_stays_until_it_is_known_how_the_demand_surges(surges: bool):
+    def load(t: float) -> float:
+        return 12.0 if surges and t % 60 < 2 else 0.5
+
+    plan = planned(even(load, 2400), 60.0, 20)
+    assert plan[290] == 20
+    assert (plan[700] == 20) == surges
+    assert plan[-1] < 20

@@ -12,8 +12,8 @@ Once a second, per model, with the demand in *instances kept busy* at each class
     desired ceil(need); fewer than there are only with a tenth to spare
     bound   least and most instances of the model; of a pool of devices each model gets first its least, then one
             instance after the other goes to where most of the wish is unmet, by value
-    hold    the largest of the last seconds: up at once, down late. HOLD_STARTS times a start, so that it pays back;
-            where the demand fell by no more than independent arrivals vary, QUIET_S: then it will be back
+    hold    up at once, down late: what was granted is held for HOLD_STARTS times a start, so that it pays back; where
+            the demand fell by no more than independent arrivals vary, QUIET_S: then it will be back
 
 Means to get more, cheapest first: cancel a drain, wake a standby, start with weights from another instance, start from
 disk. Fewer: the youngest that is not ready yet, else the one with the fewest requests drains. docs/policies/scale.md
@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil, sqrt
+from typing import NamedTuple
 
 from ..core.demand import Sample
 from ..core.effects import Cause
@@ -44,10 +45,12 @@ SPARE = 1.10
 GUARD = 1.2
 """Independent arrivals surge by 0.2 to 0.7 roots of the demand within 2 to 60 s, code completion by 0.5 within 2 s and
 by 5 within 60 s."""
-LOST = 3.0
-"""What a fixed fleet cannot serve at once is late, and about a third of that is missed: the rest has time to spare."""
+LOST = 4.0
+"""What a fixed fleet cannot serve at once is late, and about a third of that is missed: the rest has time to spare. Of
+what this gives from second to second the largest is kept, which is more than what it gives over the half hour."""
 LEARN_START_S = 4.0
-"""Where starts take longer, nothing goes before MOST_HOLD_S have shown how the demand surges."""
+"""Where starts take longer, nothing goes before MOST_HOLD_S have shown how the demand surges, and what was there until
+then stays while the guard rules in the first half hour."""
 KV_SHARE = 0.9
 """Share of the KV cache that can be planned with: blocks are rounded up, and contexts grow."""
 LEAST_HOLD_S, MOST_HOLD_S, HOLD_STARTS = 5.0, 300.0, 2.5
@@ -106,25 +109,33 @@ class Seen:
     start_s: float
 
 
+class Grant(NamedTuple):
+    """``instances`` that a model was given ``at`` a time, to be held ``until`` another."""
+
+    at: float
+    until: float
+    instances: int
+
+
 @dataclass(frozen=True, slots=True)
 class ModelMemory:
     """What is remembered of one model. ``beta``: the margin; ``rate``: arrivals per second; ``idle_s``: without any
     request; ``votes``: how many seconds in a row more (positive) or fewer instances were wanted; ``grants``: what
-    ``bound`` gave and when, only what no later one exceeds; ``asked``: what a person wants."""
+    ``bound`` gave, only what no later one exceeds and outlives; ``asked``: what a person wants."""
 
     history: History = field(default_factory=History)
     beta: float = FIRST_BETA
     rate: float = 0.0
     idle_s: float = 0.0
     votes: int = 0
-    grants: tuple[tuple[float, int], ...] = ()
+    grants: tuple[Grant, ...] = ()
     asked: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """``instances`` that a model should have, not fewer than it was granted within ``hold_s``, or within QUIET_S where
-    it would lose less than ``quiet``. ``prefill`` and ``decode`` are the needs of the two sides."""
+    """``instances`` that a model should have, and not fewer for ``hold_s``, or for QUIET_S where it would lose less
+    than ``quiet``. ``prefill`` and ``decode`` are the needs of the two sides."""
 
     instances: int
     hold_s: float
@@ -153,9 +164,10 @@ def desired(seen: Seen, scale: ModelScale, memory: ModelMemory) -> tuple[Wish, M
     need = _with_margin(ahead.level, ahead.surge, beta)
     cause: Cause = "demand"
     reason = f"demand {ahead.level:.2f}, surges {ahead.surge:.2f}, margin {beta:.2f}"
-    hold_s = _hold_s(seen.start_s, history.count)
+    hold_s = max(LEAST_HOLD_S, min(HOLD_STARTS * seen.start_s, MOST_HOLD_S), 2.0 * seen.start_s)
+    unknown_s = MOST_HOLD_S
     if ahead.surge > GUARD * sqrt(max(ahead.usual, LEAST_LEVEL)):
-        hold_s = WINDOW_S
+        hold_s = unknown_s = WINDOW_S
         need = max(enough(ahead.shares, LOST * (1.0 - scale.target)) + (beta - FIRST_BETA) * sqrt(ahead.usual), 0.0)
         cause = "surges"
         reason = f"{need:.2f}, held for half an hour: demand surges by {ahead.surge:.2f} within a start"
@@ -170,7 +182,11 @@ def desired(seen: Seen, scale: ModelScale, memory: ModelMemory) -> tuple[Wish, M
         count, cause, reason = 1, "waiting", f"{seen.held} requests wait"
     if count < seen.instances:
         count = min(seen.instances, max(count, ceil(SPARE * need - 1e-9)))
-    memory = replace(memory, history=history, beta=beta, rate=rate, idle_s=idle_s)
+    grants = memory.grants
+    if seen.start_s > LEARN_START_S and history.count < unknown_s:  # how it surges is not known yet
+        early, until = seen.now - EVERY_S * history.count + MOST_HOLD_S, seen.now + LEAST_HOLD_S
+        grants = tuple(one._replace(until=max(one.until, until)) if one.at <= early else one for one in grants)
+    memory = replace(memory, history=history, beta=beta, rate=rate, idle_s=idle_s, grants=grants)
     prefill, decode = (_with_margin(side, ahead.surge, beta) for side in (ahead.prefill, ahead.decode))
     quiet = 1.0 + QUIET_NOISE * ahead.noise
     return Wish(count, hold_s, beta, ahead, cause, reason, prefill, decode, quiet), memory
@@ -178,12 +194,6 @@ def desired(seen: Seen, scale: ModelScale, memory: ModelMemory) -> tuple[Wish, M
 
 def _with_margin(level: float, surge: float, beta: float) -> float:
     return max(level + beta * sqrt(level + surge * surge), 0.0)
-
-
-def _hold_s(start_s: float, seen: int) -> float:
-    if start_s > LEARN_START_S and seen < MOST_HOLD_S:
-        return MOST_HOLD_S  # how it surges is not known yet
-    return max(LEAST_HOLD_S, min(HOLD_STARTS * start_s, MOST_HOLD_S), 2.0 * start_s)
 
 
 def bound(wishes: Mapping[str, int], scale: ScaleConfig) -> dict[str, int]:
@@ -218,8 +228,8 @@ def hold(
     memories: Mapping[str, ModelMemory],
     scale: ScaleConfig,
 ) -> tuple[dict[str, int], dict[str, ModelMemory]]:
-    """The largest grant of each model within its ``hold_s``, of what is left of its ``instances``, as far as the others
-    leave devices for it. What has gone is not held: a longer hold than before brings nothing back."""
+    """The largest grant of each model that is still held, of what is left of its ``instances``, as far as the others
+    leave devices for it. What has gone is not held."""
     free = None
     if scale.devices is not None:
         free = scale.devices - sum(granted[one.model] * one.devices for one in scale.models if one.model in granted)
@@ -228,18 +238,18 @@ def hold(
         if one.model not in granted:
             continue
         count, memory, wish = granted[one.model], memories[one.model], wishes[one.model]
-        past = max((n for t, n in memory.grants if t > now - wish.hold_s), default=0)
+        alive = [old for old in memory.grants if wish.hold_s and max(old.until, old.at + QUIET_S) > now]
+        past = max((old.instances for old in alive if old.until > now), default=0)
         if instances[one.model] - max(past, count) < wish.quiet:
-            past = max((n for t, n in memory.grants if t > now - max(wish.hold_s, QUIET_S)), default=0)
+            past = max((old.instances for old in alive), default=0)
         more = max(min(past, one.most, instances[one.model]) - count, 0)
         if free is not None:
             more = min(more, max(free, 0) // one.devices)
             free -= more * one.devices
         held[one.model] = count + more
-        grants = tuple(
-            (t, n) for t, n in memory.grants if n > count and t > now - max(MOST_HOLD_S, QUIET_S, wish.hold_s)
-        )
-        after[one.model] = replace(memory, grants=(*grants, (now, count)))
+        new = Grant(now, now + wish.hold_s, count)
+        grants = [old for old in alive if old.instances > count or old.until > new.until]
+        after[one.model] = replace(memory, grants=(*grants, new))
     return held, after
 
 
