@@ -30,8 +30,6 @@ from .policy.budget import CAP_S
 from .policy.catalog import find_scaler
 from .policy.scale import (
     EVERY_S,
-    LEAST_HOLD_S,
-    Grant,
     ModelMemory,
     ModelScale,
     ScaleConfig,
@@ -258,9 +256,7 @@ class Scaling:
         for scale in self.config.models:
             model = scale.model
             seen[model] = one = self._see(cluster, scale, now)
-            known = memories.get(model)
-            if known is None or not known.grants:
-                known = replace(known or ModelMemory(), grants=(Grant(now, now + LEAST_HOLD_S, one.instances),))
+            known = memories.get(model) or ModelMemory()
             wish, memories[model] = self._policy(one, scale, known)
             wishes[model] = with_override(wish, known.asked)
         granted = bound({model: wish.instances for model, wish in wishes.items()}, self.config)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hyperflexis.core.demand import Sample, Tally
 from hyperflexis.policy.catalog import find_scaler
-from hyperflexis.policy.scale import Grant, ModelMemory, ModelScale, ScaleConfig, Seen, Wish, bound, desired, hold
+from hyperflexis.policy.scale import ModelMemory, ModelScale, ScaleConfig, Seen, Wish, bound, desired, hold
 
 WORK_S = 0.3
 """Seconds of an instance that a prompt takes."""
@@ -24,7 +24,7 @@ def planned(samples: Iterable[Sample], start_s: float, first: int, **limits: int
     """What is held each second, if instances that are wanted are there when they are ready; no request misses."""
     scale = ModelScale("m", start_s={"disk": start_s}, **limits)  # type: ignore[arg-type]
     config = ScaleConfig((scale,))
-    memory = ModelMemory(grants=(Grant(0.0, 5.0, first),))
+    memory = ModelMemory()
     found, have = [], first
     for sample in samples:
         seen = Seen(sample.t, sample, have, have, 0, 0, 0.0, 0.0, start_s)
@@ -101,7 +101,7 @@ def test_what_is_granted_and_held_is_within_all_limits(
     config = ScaleConfig(scales, devices)
     wishes = {f"m{i}": wish for i, (wish, *_) in enumerate(models)}
     granted = bound(wishes, config)
-    memories = {name: ModelMemory(grants=(Grant(0.0, 300.0, 60),)) for name in wishes}
+    memories = {name: ModelMemory() for name in wishes}
     ahead, _ = desired(Seen(1.0, Sample(1.0), 0, 0, 0, 0, 0.0, 0.0, 60.0), scales[0], ModelMemory())
     asked = {name: Wish(wish, 300.0, 0.0, ahead.forecast, "demand", "") for name, wish in wishes.items()}
     held, _ = hold(1.0, granted, dict.fromkeys(wishes, 60), asked, memories, config)

@@ -238,7 +238,9 @@ def hold(
         if one.model not in granted:
             continue
         count, memory, wish = granted[one.model], memories[one.model], wishes[one.model]
-        alive = [old for old in memory.grants if wish.hold_s and max(old.until, old.at + QUIET_S) > now]
+        # What there is at the first look is held as if it had been granted.
+        grants = memory.grants or (Grant(now, now + wish.hold_s, instances[one.model]),)
+        alive = [old for old in grants if wish.hold_s and max(old.until, old.at + QUIET_S) > now]
         past = max((old.instances for old in alive if old.until > now), default=0)
         if instances[one.model] - max(past, count) < wish.quiet:
             past = max((old.instances for old in alive), default=0)
@@ -248,8 +250,8 @@ def hold(
             free -= more * one.devices
         held[one.model] = count + more
         new = Grant(now, now + wish.hold_s, count)
-        grants = [old for old in alive if old.instances > count or old.until > new.until]
-        after[one.model] = replace(memory, grants=(*grants, new))
+        kept = [old for old in alive if old.instances > count or old.until > new.until]
+        after[one.model] = replace(memory, grants=(*kept, new))
     return held, after
 
 
