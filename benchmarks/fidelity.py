@@ -10,8 +10,9 @@ simulated. Two fleets of two instances:
 
 The torch fleet is simulated with two devices: that of the profile which `hyperflexis calibrate` makes here, in as many
 processes at once as there will be instances (they share memory and cache), and *fitted*, the mean of what the
-instances' own online fits say after a warm-up. Iterations vary by what these say nine in ten stay under. The load is a
-share of the capacity of the last of them.
+instances' own online fits say after a warm-up. *Afterwards* is what they say at the end, which predicts nothing, but
+tells whether the device or the simulator was wrong. Iterations vary by what these say nine in ten stay under. The load
+is a share of the capacity of *fitted*.
 
 Times are taken at the gateway, whose journal has them, and at the client. What a request costs beside its iterations
 is measured on the idle fleet, one request at a time. The journal is also replayed through a fresh Controller, which
@@ -176,6 +177,10 @@ def drive(case: Case, folder: Path, profile: Profile, args: argparse.Namespace) 
         await asyncio.sleep(FLUSH_S)
         return result
 
+    def fitted() -> Profile:
+        fits = [report.latency for report in read_run(journal).reports]
+        return replace(profile, coefficients=mean_of(fits), table=None)
+
     async def go(stop: asyncio.Event) -> Live:
         await fleet.wait_ready(stop)
         async with Client(target, args.seed + 2) as client:
@@ -190,8 +195,7 @@ def drive(case: Case, folder: Path, profile: Profile, args: argparse.Namespace) 
             seed = args.seed + 3 + number
             arrivals = [replace(a, slo_class=PROBE, slo=Slo()) for a in generate(warm_up, seed)]
             await load(arrivals, case.warm_up_s, seed, stop)
-            fits = [report.latency for report in read_run(journal).reports]
-            devices["fitted"] = replace(profile, coefficients=mean_of(fits), table=None)
+            devices["fitted"] = fitted()
         main = at_load(workload, list(devices.values())[-1], args.load, case.instances)
         if case.saturation_s:
             in_flight = IN_FLIGHT * case.instances
@@ -205,6 +209,8 @@ def drive(case: Case, folder: Path, profile: Profile, args: argparse.Namespace) 
         arrivals = generate(main, args.seed)
         wall, all_s, own_s = time.monotonic(), busy_cpu_s(), tree_cpu_s()
         result = await load(arrivals, main.duration_s, args.seed, stop)
+        if case.warm_up_s:
+            devices["afterwards"] = fitted()
         others_s = busy_cpu_s() - all_s - (tree_cpu_s() - own_s)
         return Live(result, main, arrivals, before, devices, others_s / (time.monotonic() - wall))
 

@@ -427,15 +427,17 @@ def rates(size: int, rounds: int) -> dict[str, float]:
 
 
 def draw(trace: Trace) -> dict[str, Figure]:
-    """Layers over time: when their KV was computed, and when it left the cache for the link."""
+    """Layers over time, from shortly before the first leaves: when their KV was computed, of each chunk of the prompt,
+    and when it left the cache for the link."""
     figure, grid = plot.panels(1, 8.0, 4.0)
     axes = grid[0][0]
-    zero = trace.computed[0][0]
+    began, ended = trace.sent[0][0], trace.sent[-1][0]
+    since = began - 0.25 * (ended - began)
     for index, (name, events, marker) in enumerate((("computed", trace.computed, "s"), ("sent", trace.sent, "."))):
-        times = [1e3 * (at - zero) for at, _ in events]
-        axes.plot(times, [layer for _, layer in events], marker, color=plot.colour(index), label=name)
-    axes.axvline(1e3 * (trace.first_at - zero), color="#8a8a8a", linestyle=":", label="first token")
-    axes.set_xlabel("ms after the first layer of the prompt")
+        shown = [(1e3 * (at - trace.first_at), layer) for at, layer in events if since <= at <= ended]
+        axes.plot([at for at, _ in shown], [layer for _, layer in shown], marker, color=plot.colour(index), label=name)
+    axes.axvline(0.0, color="#8a8a8a", linestyle=":", label="first token")
+    axes.set_xlabel("ms after the first token")
     axes.set_ylabel("layer")
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set_title("KV leaves while the prompt is computed")
