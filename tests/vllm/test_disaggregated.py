@@ -171,7 +171,8 @@ async def test_what_is_not_there_is_refused_and_says_so(two: Pair) -> None:
     assert two.target.engine.report().num_waiting == two.target.engine.report().num_running == 0
 
 
-async def test_a_target_that_gives_up_leaves_it_at_its_source(two: Pair) -> None:
+async def test_a_target_that_gives_up_leaves_it_at_its_source(two: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handoff, "ASK_LIMIT_S", 5.0)  # it may give up before it has asked
     prompt = prompt_of(70, 250)
     at_source, future = two.hand_over(prompt, greedy(16), "given-up")
     at_target = await asyncio.wait_for(future, LIMIT_S)
