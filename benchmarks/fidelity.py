@@ -8,9 +8,9 @@ simulated. Two fleets of two instances:
     emulated   keeps the times of the profile h100-llama-3.1-8b: what differs is all that is around the device
     torch      computes a 20M model on one core each, which gateway, controller and client share
 
-The torch fleet is simulated with two devices: that of the profile which `hyperflexis calibrate` makes here, in as many
-processes at once as there will be instances (they share memory and cache), and *fitted*, the mean of what the
-instances' own online fits say after a warm-up. *Afterwards* is what they say at the end, which predicts nothing, but
+The torch fleet is simulated with three devices: that of the profile which `hyperflexis calibrate` makes here, in as
+many processes at once as there will be instances (they share memory and cache); *fitted*, the mean of what the
+instances' own online fits say after a warm-up; and *afterwards*, what they say at the end: it predicts nothing, but
 tells whether the device or the simulator was wrong. Iterations vary by what these say nine in ten stay under. The load
 is a share of the capacity of *fitted*.
 
@@ -209,10 +209,11 @@ def drive(case: Case, folder: Path, profile: Profile, args: argparse.Namespace) 
         arrivals = generate(main, args.seed)
         wall, all_s, own_s = time.monotonic(), busy_cpu_s(), tree_cpu_s()
         result = await load(arrivals, main.duration_s, args.seed, stop)
+        others_s = busy_cpu_s() - all_s - (tree_cpu_s() - own_s)
+        others_cpu = others_s / (time.monotonic() - wall)
         if case.warm_up_s:
             devices["afterwards"] = fitted()
-        others_s = busy_cpu_s() - all_s - (tree_cpu_s() - own_s)
-        return Live(result, main, arrivals, before, devices, others_s / (time.monotonic() - wall))
+        return Live(result, main, arrivals, before, devices, others_cpu)
 
     fleet.start()
     try:

@@ -4,10 +4,10 @@
     .venv-vllm/bin/python benchmarks/vllm_fidelity.py     # this one; `make test-vllm` makes .venv-vllm
 
 As benchmarks/fidelity.py, which says what is compared, with vLLM servers of one thread each that have our scheduler
-inside, behind `hyperflexis serve`. Simulated are two devices: that of the profile which `hyperflexis calibrate --engine
-vllm` makes of these servers, of all at once as they will run, and *fitted*, what the adapters' online fits say after
-warm-ups. Schedulers and adapters begin with that profile, as they do where a fleet file names one. The load is a share
-of what the servers carry, which is measured.
+inside, behind `hyperflexis serve`. Simulated are three devices: that of the profile which `hyperflexis calibrate
+--engine vllm` makes of these servers, of all at once as they will run, and what the adapters' online fits say, *fitted*
+after warm-ups and *afterwards* at the end. Schedulers and adapters begin with that profile, as they do where a fleet
+file names one. The load is a share of what the servers carry, which is measured.
 
 Where there are more cores than servers, each engine has a core of its own, as an engine on an accelerator has that, and
 everything else the others. Two servers on two cores take the cores from each other, from the gateway and from the
@@ -82,8 +82,8 @@ class Servers:
 
     def entry(self, _: Path) -> dict[str, object]:
         args = {"max_batch": MAX_BATCH, "max_batch_tokens": MAX_BATCH_TOKENS}
-        entry = {"name": "m", "engine": "vllm", "path": str(self._model), "endpoints": self._urls, "args": args}
-        return {**entry, "profile": str(self._profile)}
+        entry = {"name": "m", "engine": "vllm", "path": str(self._model), "profile": str(self._profile)}
+        return {**entry, "endpoints": self._urls, "args": args}
 
     def profile(self, _: Path) -> Profile:
         """Of all at once: they share memory and cache. Then they are started anew, and begin with it."""

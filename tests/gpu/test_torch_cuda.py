@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import threading
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from tests.contract.support import driven
 from tests.unit.engines.torch.attention_case import mixed_batch
 from tests.unit.engines.torch.ring_case import OneProcess
+from tests.unit.transfer.test_channels import swallow
 
 from hyperflexis.core.links import KvSource
 from hyperflexis.core.weights import LoadWeights, Manifest, WeightSource
@@ -176,12 +176,6 @@ def send_pieces(address: str, count: int, over: Any) -> None:
 
         source.send(b"%d" % number, MAX_PAYLOAD, fill)
     over.wait()
-
-
-def swallow(source: RingSource) -> None:
-    with suppress(OSError):
-        while True:
-            source.receive(lambda frame: None)
 
 
 def test_kv_gets_from_one_process_s_device_into_another_s(tmp_path: Path) -> None:
