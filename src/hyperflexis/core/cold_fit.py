@@ -27,11 +27,14 @@ NOISE = 0.1
 FORGETTING = 0.99
 FARTHEST = 3.0
 """An observation is weighed by what was predicted, within this factor of what was seen."""
+SAME = 0.05
+"""While what is observed is predicted alike, but for this share, and the quantile moved by no more, old coefficients
+are as good as new ones, with which a scheduler ranks all that wait anew."""
 
 
 class ColdFit:
     """A fit that begins at ``guess``, whose coefficients may be wrong by a factor of about ``spread``. ``coefficients``
-    change at most once in ``refresh_every`` observations; their curve is the guess's."""
+    change at most once in ``refresh_every`` observations, and not for next to nothing; their curve is the guess's."""
 
     def __init__(self, guess: Coefficients, spread: float, refresh_every: int = REFRESH_EVERY) -> None:
         self._theta = [guess.c0, guess.c1, guess.c2, guess.c3, guess.c4]
@@ -42,6 +45,7 @@ class ColdFit:
         self._refresh_every = refresh_every
         self._refresh_at = 1
         self._seen = 0
+        self._moved = False
         self.coefficients = guess
         self._begin()
 
@@ -79,10 +83,16 @@ class ColdFit:
         s0, s1, s2, s3, s4 = [scale / weight_s for scale in self._scale]
         self._update((s0, s1 * prefill_tokens, s2 * attention, s3 * decodes, s4 * kv_tokens), error)
         self._q90 = min(max(self._q90 + (0.018 if error > self._q90 else -0.002), 0.0), 1.0)
+        c0, c1, c2, c3, c4 = self._theta
+        known = self.coefficients
+        was = known.c0 + known.c1 * prefill_tokens + known.c2 * attention + known.c3 * decodes + known.c4 * kv_tokens
+        now = c0 + c1 * prefill_tokens + c2 * attention + c3 * decodes + c4 * kv_tokens
+        self._moved = self._moved or abs(now - was) > SAME * was or abs(self._q90 - known.q90) > SAME
         if self._seen >= self._refresh_at:
             self._refresh_at += min(self._refresh_every, 1 + self._seen // 8)
-            c0, c1, c2, c3, c4 = self._theta
-            self.coefficients = Coefficients(c0, c1, c2, c3, c4, self._q90, self._guess.curve)
+            if self._moved:
+                self._moved = False
+                self.coefficients = Coefficients(c0, c1, c2, c3, c4, self._q90, self._guess.curve)
 
     def _update(self, y: tuple[float, float, float, float, float], error: float) -> None:
         """``y`` is the observation in units of the guess, over its weight."""

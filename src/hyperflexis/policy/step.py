@@ -23,9 +23,9 @@ from typing import Any, Generic, Protocol, TypeVar
 from ..core.latency import Coefficients
 from ..core.request import QueuedJob
 from . import budget
-from .order import all_fit, on_time_subset
+from .order import ROUNDING_S, all_fit, on_time_subset
 from .running import Decoding, Running
-from .waiting import Waiting, Waits, leftover_rank
+from .waiting import MOST_CHANGES, Waiting, Waits, leftover_rank
 
 PROMISE_SHARE = 0.4
 """An iteration lasts at most this share of the tightest time to first token: who comes in its course waits for its end,
@@ -173,6 +173,38 @@ def _rank(job: J, latency: Coefficients) -> _Rank:
     return rank
 
 
+class _Ranked(Generic[J]):
+    """``jobs`` and ``items`` of a queue, by deadline, none of which is late before ``late_at``. Kept from iteration to
+    iteration, and changed as the queue is: ranking hundreds anew takes a third of a millisecond."""
+
+    __slots__ = ("items", "jobs", "late_at", "latency", "whole")
+
+    def __init__(self, latency: Coefficients, jobs: list[J], items: list[QueuedJob], whole: bool) -> None:
+        self.latency, self.jobs, self.items, self.whole = latency, jobs, items, whole
+        self.late_at = min((item.due - item.work_s for item in items), default=inf) - ROUNDING_S
+
+    def follow(self, waiting: Waiting[J], latency: Coefficients, start: float) -> bool:
+        """Take in what changed; False where only ranking anew can tell."""
+        changes, jobs, items = waiting.changes, self.jobs, self.items
+        if not self.whole or self.latency is not latency or start >= self.late_at or len(changes) == MOST_CHANGES:
+            return False
+        for place, job in changes:
+            if job is None:
+                del jobs[place], items[place]
+            elif job.missed_first or len(jobs) == MAX_RANKED:
+                return False
+            else:
+                item = _rank(job, latency)[2]
+                jobs.insert(place, job)
+                items.insert(place, item)
+                self.late_at = min(self.late_at, item.due - item.work_s - ROUNDING_S)
+        changes.clear()
+        for job in waiting.started.values():
+            if job in jobs and job.memo[1] != job.computed:
+                items[jobs.index(job)] = _rank(job, latency)[2]
+        return start < self.late_at
+
+
 class _Queue(Generic[J]):
     """The waiting requests by what can become of them."""
 
@@ -180,9 +212,22 @@ class _Queue(Generic[J]):
         self._waiting = waiting
         self.newly_late: list[J] = []
         self._start = start = now + latency.c0
+        ranked: _Ranked[J] | None = waiting.memo
+        if ranked is None or not ranked.follow(waiting, latency, start):
+            ranked = waiting.memo = self._ranked(latency)
+        jobs, items = ranked.jobs, ranked.items
+        self._kept_items = kept = on_time_subset(items, start, share)
+        self._kept, self._demoted = jobs, []
+        if len(kept) < len(items):
+            kept_ids = {item.id for item in kept}
+            self._kept = [job for job in jobs if job.id in kept_ids]
+            self._demoted = [job for job in jobs if job.id not in kept_ids]
+
+    def _ranked(self, latency: Coefficients) -> _Ranked[J]:
         items: list[QueuedJob] = []
         jobs: list[J] = []
-        for job in islice(waiting.by_deadline(), MAX_RANKED):
+        start = self._start
+        for job in islice(self._waiting.by_deadline(), MAX_RANKED):
             rank: _Rank | None = job.memo
             if rank is None or rank[0] is not latency or rank[1] != job.computed:
                 rank = _rank(job, latency)
@@ -192,12 +237,8 @@ class _Queue(Generic[J]):
             else:
                 jobs.append(job)
                 items.append(item)
-        self._kept_items = kept = on_time_subset(items, start, share)
-        self._kept, self._demoted = jobs, []
-        if len(kept) < len(items):
-            kept_ids = {item.id for item in kept}
-            self._kept = [job for job in jobs if job.id in kept_ids]
-            self._demoted = [job for job in jobs if job.id not in kept_ids]
+        self._waiting.changes.clear()
+        return _Ranked(latency, jobs, items, len(jobs) == self._waiting.open_count)
 
     def fits(self, speed: float) -> bool:
         """Whether those that are kept are on time at this speed too."""
@@ -205,10 +246,16 @@ class _Queue(Generic[J]):
 
     def in_order(self, admission: _Admission) -> Iterator[tuple[J, bool]]:
         """(request, is late) in order of service. Those that ``admission`` would all refuse are left out."""
-        for job in chain(self._kept, self._demoted):
-            if job.started or not admission.is_full:
-                yield job, False
         waiting = self._waiting
+        started = len(waiting.started)
+        for job in chain(self._kept, self._demoted):
+            if job.started:
+                started -= 1
+            elif admission.is_full:
+                if not started:
+                    break
+                continue
+            yield job, False
         begun = [job for job in waiting.started.values() if waiting.is_late(job.id)]
         begun += [job for job in self.newly_late if job.started]
         for job in sorted(begun, key=leftover_rank):

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from math import inf
 from operator import attrgetter
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from .running import Highest
 
@@ -45,6 +45,8 @@ class Waits(Protocol):
 
 W = TypeVar("W", bound=Waits)
 LAST_PROMISES = 64
+MOST_CHANGES = 16
+"""So many may as well be more: what was remembered of the queue is worth nothing any more."""
 _ARRIVED_AT = attrgetter("arrived_at")
 
 
@@ -55,9 +57,13 @@ def leftover_rank(job: Waits) -> tuple[float, float]:
 
 class Waiting(Generic[W]):
     """See the module. Iterates in order of arrival. ``started`` are those that hold KV blocks, by id. ``promises_s``
-    are the times to first token of the last LAST_PROMISES requests."""
+    are the times to first token of the last LAST_PROMISES requests. ``changes`` are those of ``by_deadline`` since the
+    step policy last emptied them: (place, who came there, or None where one went), MOST_CHANGES at most. ``memo`` is
+    that policy's, as a request's is."""
 
     def __init__(self) -> None:
+        self.changes: list[tuple[int, W | None]] = []
+        self.memo: Any = None
         self.started: dict[str, W] = {}
         self.promises_s: deque[float] = deque(maxlen=LAST_PROMISES)
         self._jobs: dict[str, W] = {}
@@ -96,6 +102,11 @@ class Waiting(Generic[W]):
         """Those that are not late, the earliest deadline first, among equals the first to join."""
         return (job for _, _, job in self._open)
 
+    @property
+    def open_count(self) -> int:
+        """How many are not late."""
+        return len(self._open)
+
     def by_arrival(self) -> Iterator[W]:
         """Those that have started, then the others, each in order of arrival."""
         yield from sorted(self.started.values(), key=_ARRIVED_AT)
@@ -122,7 +133,9 @@ class Waiting(Generic[W]):
         self._values.add(job.value)
         self._joined += 1
         entry = self._open_place[job.id] = (job.next_due, self._joined, job)
-        insort(self._open, entry)
+        place = bisect_left(self._open, entry)
+        self._open.insert(place, entry)
+        self._note(place, job)
         if job.started:
             self.started[job.id] = job
 
@@ -133,15 +146,14 @@ class Waiting(Generic[W]):
             return None
         self._values.remove(job.value)
         self.started.pop(id, None)
-        place = self._open_place.pop(id, None)
-        if place is not None:
-            del self._open[bisect_left(self._open, place)]
+        if id in self._open_place:
+            self._leave_open(id)
         self._leave_late(id)
         return job
 
     def give_up(self, job: W) -> None:
         """It cannot make its deadline any more."""
-        del self._open[bisect_left(self._open, self._open_place.pop(job.id))]
+        self._leave_open(job.id)
         if not job.started:
             self._join_late(job)
 
@@ -155,6 +167,15 @@ class Waiting(Generic[W]):
         del self.started[job.id]
         if self.is_late(job.id):
             self._join_late(job)
+
+    def _leave_open(self, id: str) -> None:
+        place = bisect_left(self._open, self._open_place.pop(id))
+        del self._open[place]
+        self._note(place, None)
+
+    def _note(self, place: int, job: W | None) -> None:
+        if len(self.changes) < MOST_CHANGES:
+            self.changes.append((place, job))
 
     def _join_late(self, job: W) -> None:
         self._joined += 1
