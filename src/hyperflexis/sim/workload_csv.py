@@ -1,4 +1,4 @@
-"""Reading the csv files of workloads: traces, tables of lengths, sessions. Text in, rows out.
+"""Reading the csv files of workloads: traces, tables of lengths, sessions, rates. Text in, rows out.
 
 The first row names the columns, in any order; columns that are not needed are left alone. Whatever cannot be meant is
 refused with file, line and remedy: a row that is guessed at would bend a measurement without a word.
@@ -16,6 +16,7 @@ from .workload import SessionRow, TraceRow
 
 LENGTHS = ("prompt_tokens", "output_tokens")
 SESSIONS = ("session", "t_in_session", *LENGTHS, "reusable_prefix_tokens")
+RATES = ("t", "rate_rps")
 ROW_REMEDY = "correct the row or remove it"
 
 
@@ -45,17 +46,21 @@ class _Row:
             raise self.error(f"{column} must be at least {minimum}, not {value}; {ROW_REMEDY}")
         return value
 
-    def seconds(self, column: str) -> float:
+    def number(self, column: str, what: str, remedy: str) -> float:
+        """One of at least 0."""
         text = self.text(column)
         try:
             value = float(text)
         except ValueError:
             value = float("nan")
         if not isfinite(value):
-            raise self.error(f"{column} must be a number of seconds, not {text!r}; {ROW_REMEDY}")
+            raise self.error(f"{column} must be a number of {what}, not {text!r}; {ROW_REMEDY}")
         if value < 0.0:
-            raise self.error(f"{column} must not be negative ({text}); subtract the earliest time from all rows")
+            raise self.error(f"{column} must not be negative ({text}); {remedy}")
         return value
+
+    def seconds(self, column: str) -> float:
+        return self.number(column, "seconds", "subtract the earliest time from all rows")
 
     def hash_ids(self) -> tuple[int, ...]:
         text = self.text("hash_ids")
@@ -90,6 +95,23 @@ def parse_table(text: str, path: str, timed: bool) -> tuple[TraceRow, ...]:
     return tuple(rows)
 
 
+def parse_rates(text: str, path: str) -> tuple[tuple[float, float], ...]:
+    """(from second, requests per second) from csv ``text``; ``path`` is its name for messages.
+
+    Columns: t in seconds, 0 at first and growing, and rate_rps, not negative. Raises ConfigError naming file, line,
+    column and remedy.
+    """
+    steps: list[tuple[float, float]] = []
+    for row in _rows(text, path, RATES, "step"):
+        t = row.seconds("t")
+        if not steps and t > 0.0:
+            raise row.error(f"the first t must be 0, not {t:g}; subtract it from all rows")
+        if steps and t <= steps[-1][0]:
+            raise row.error(f"t must grow, and {t:g} comes after {steps[-1][0]:g}; sort the rows by t, one for each t")
+        steps.append((t, row.number("rate_rps", "requests per second", ROW_REMEDY)))
+    return tuple(steps)
+
+
 def parse_sessions(text: str, path: str) -> tuple[tuple[SessionRow, ...], ...]:
     """Sessions, each with its requests in the order of the file, from csv ``text``; ``path`` is its name for messages.
 
@@ -116,7 +138,7 @@ def parse_sessions(text: str, path: str) -> tuple[tuple[SessionRow, ...], ...]:
     return tuple(map(tuple, sessions.values()))
 
 
-def _rows(text: str, path: str, needed: Sequence[str]) -> Iterator[_Row]:
+def _rows(text: str, path: str, needed: Sequence[str], each: str = "request") -> Iterator[_Row]:
     """The rows below the header, at least one, blank lines left out."""
     reader = csv.reader(io.StringIO(text))
     try:
@@ -136,4 +158,4 @@ def _rows(text: str, path: str, needed: Sequence[str]) -> Iterator[_Row]:
     except csv.Error as error:
         raise ConfigError(f"{path}:{reader.line_num}: not csv: {error}; {ROW_REMEDY}") from None
     if empty:
-        raise ConfigError(f"{path}:{reader.line_num + 1}: no rows below the header; add one for each request")
+        raise ConfigError(f"{path}:{reader.line_num + 1}: no rows below the header; add one for each {each}")

@@ -31,16 +31,16 @@ from .workload import (
     WorkloadClass,
     share_tables,
 )
-from .workload_csv import parse_sessions, parse_table
+from .workload_csv import parse_rates, parse_sessions, parse_table
 
 ReadFile = Callable[[str], str]
 """Gives the text of a file named in a workload; raises OSError when it cannot be read."""
 
 ARRIVAL_KEYS: dict[str, tuple[str, ...]] = {
     "trace": ("start_s", "rate_scale", "copies", "jitter_s"),
-    "sessions": ("rate_rps", "steps", "cv", "think_scale"),
+    "sessions": ("rate_rps", "steps", "rate_scale", "time_scale", "cv", "think_scale"),
     "rate_rps": ("cv",),
-    "steps": ("cv",),
+    "steps": ("rate_scale", "time_scale", "cv"),
 }
 """Kinds of arrivals, in the order in which their key decides, and the keys that each takes besides."""
 
@@ -217,9 +217,21 @@ class _Reader:
     def _rate_arrivals(self, keys: dict[str, _Field]) -> RateArrivals:
         cv = keys["cv"].number(0.0, 100.0, exclusive=True) if "cv" in keys else 1.0
         if "rate_rps" in keys:
+            for key in ("rate_scale", "time_scale"):
+                if key in keys:
+                    raise keys[key].error("has no meaning with rate_rps; remove it")
             return RateArrivals(((0.0, keys["rate_rps"].number(0.0, 1e6, exclusive=True)),), cv)
+        faster = keys["rate_scale"].number(0.0, exclusive=True) if "rate_scale" in keys else 1.0
+        longer = keys["time_scale"].number(0.0, exclusive=True) if "time_scale" in keys else 1.0
+        steps = [(t * longer, rate * faster) for t, rate in self._steps(keys["steps"])]
+        return RateArrivals(tuple(steps), cv)
+
+    def _steps(self, field: _Field) -> Sequence[tuple[float, float]]:
+        if isinstance(field.node, yaml.ScalarNode):
+            path = field.text()
+            return parse_rates(self.text(field, path), path)
         steps: list[tuple[float, float]] = []
-        for step in keys["steps"].items():
+        for step in field.items():
             pair = step.items()
             if len(pair) != 2:
                 raise step.error("must be [from second, requests per second]")
@@ -228,7 +240,7 @@ class _Reader:
                 raise step.error("the first step must start at second 0")
             if len(steps) > 1 and steps[-1][0] <= steps[-2][0]:
                 raise step.error("must start after the step before it")
-        return RateArrivals(tuple(steps), cv)
+        return steps
 
     def _trace_arrivals(self, keys: dict[str, _Field]) -> TraceArrivals:
         path = keys["trace"].text()

@@ -6,7 +6,7 @@ import pytest
 
 from hyperflexis.errors import ConfigError
 from hyperflexis.sim.workload import SessionRow, TraceRow
-from hyperflexis.sim.workload_csv import parse_sessions, parse_table
+from hyperflexis.sim.workload_csv import parse_rates, parse_sessions, parse_table
 
 TRACE = "t,prompt_tokens,output_tokens,hash_ids\n0,10,5,\n1.5,20,6,3 4\n"
 SESSIONS = (
@@ -88,3 +88,24 @@ def test_rows_of_sessions_that_cannot_be_meant(text: str, says: str) -> None:
         parse_sessions(text, "s.csv")
     assert str(caught.value).startswith(says)
     assert "\n" not in str(caught.value)
+
+
+def test_rates_begin_at_0_and_go_on() -> None:
+    assert parse_rates("rate_rps,t\n2,0\n0,0.5\n3.5,60\n", "r.csv") == ((0.0, 2.0), (0.5, 0.0), (60.0, 3.5))
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ("", "r.csv:2: no rows below the header; add one for each step"),
+        ("5,1\n", "r.csv:2: the first t must be 0, not 5; subtract it from all rows"),
+        ("0,1\n0,2\n", "r.csv:3: t must grow, and 0 comes after 0; sort the rows by t, one for each t"),
+        ("0,x\n", "r.csv:2: rate_rps must be a number of requests per second, not 'x'; correct the row or remove it"),
+        ("0,-1\n", "r.csv:2: rate_rps must not be negative (-1); correct the row or remove it"),
+        ("0,inf\n", "r.csv:2: rate_rps must be a number of requests per second, not 'inf'"),
+    ],
+)
+def test_rates_that_cannot_be_meant(rows: str, says: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_rates("t,rate_rps\n" + rows, "r.csv")
+    assert says in str(error.value)

@@ -31,6 +31,7 @@ FILES = {
     "headless.csv": "a,b\n1,2\n",
     "empty.csv": "t,prompt_tokens,output_tokens\n",
     "still.csv": "t,prompt_tokens,output_tokens\n1,1,1\n1,2,2\n",
+    "rates.csv": "pool,t,rate_rps\na,0,10\na,600,0\na,1200,5.5\n",
     "sessions.csv": "session,t_in_session,prompt_tokens,output_tokens,reusable_prefix_tokens\na,0,10,5,0\n",
 }
 
@@ -126,6 +127,10 @@ GOOD = "duration_s: 10\narrivals: {rate_rps: 5}\nclasses:\n  - {name: a, share: 
         (GOOD.replace("rate_rps: 5", "steps: [[1, 5]]"), "first step must start at second 0"),
         (GOOD.replace("rate_rps: 5", "steps: [[0, 5], [0, 6]]"), "start after the step before"),
         (GOOD.replace("rate_rps: 5", "steps: [[0, 5, 6]]"), "must be \\[from second"),
+        (GOOD.replace("rate_rps: 5", "steps: none.csv"), "w.yaml:2: arrivals.steps: cannot read none.csv"),
+        (GOOD.replace("rate_rps: 5", "steps: trace.csv"), "trace.csv:1: column 'rate_rps' is missing"),
+        (GOOD.replace("rate_rps: 5", "steps: [[0, 5]], time_scale: 0"), "time_scale: must be a number above 0"),
+        (GOOD.replace("rate_rps: 5", "rate_rps: 5, rate_scale: 2"), "rate_scale: has no meaning with rate_rps"),
         (GOOD.replace(", lengths: lengths.csv", ""), "w.yaml:4: classes\\[0\\]: 'lengths' is missing"),
         (GOOD.replace("share: 1, ", ""), "w.yaml:4: classes\\[0\\]: 'share' is missing"),
         (GOOD.replace("share: 1", "share: 0"), "all shares are 0"),
@@ -160,6 +165,21 @@ def test_mistakes_are_named_with_line_field_and_remedy(text: str, says: str) -> 
         parse_workload(text, "w.yaml", read)
 
 
+def test_rates_of_a_file_scaled_in_rate_and_time() -> None:
+    w = parse_workload(
+        GOOD.replace("rate_rps: 5", "steps: rates.csv, rate_scale: 2, time_scale: 0.5, cv: 3"), "w.yaml", read
+    )
+    assert w.arrivals == RateArrivals(((0.0, 20.0), (300.0, 0.0), (600.0, 11.0)), 3.0)
+
+
+def test_sessions_whose_rate_is_a_scaled_file() -> None:
+    arrivals = "sessions: sessions.csv, steps: rates.csv, rate_scale: 0.1"
+    text = GOOD.replace("rate_rps: 5", arrivals).replace(", lengths: lengths.csv", "")
+    found = parse_workload(text, "w.yaml", read).arrivals
+    assert isinstance(found, SessionArrivals)
+    assert found.starts == RateArrivals(((0.0, 1.0), (600.0, 0.0), (1200.0, 0.55)))
+
+
 def test_sessions_in_a_file() -> None:
     w = parse_workload(
         """
@@ -180,6 +200,13 @@ TRACE_ROWS = "t,prompt_tokens,output_tokens\n" + "".join(f"{2 * i},{100 + i},{10
 SESSION_ROWS = (
     "session,t_in_session,prompt_tokens,output_tokens,reusable_prefix_tokens\na,0,9000,10,0\na,5,9600,10,8960\n"
 )
+RATE_ROWS = "t,rate_rps\n0,200\n600,190\n"
+
+
+def shipped_rows(file: str) -> str:
+    return SESSION_ROWS if "session" in file else RATE_ROWS if "rates" in file else TRACE_ROWS
+
+
 SHIPPED = [
     *(EXAMPLES / name for name in ("demo.yaml", "mixed.yaml", "azure.yaml", "azure_replay.yaml")),
     *sorted((EXAMPLES.parent / "benchmarks" / "workloads").glob("*.yaml")),
@@ -189,7 +216,7 @@ SHIPPED = [
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_shipped_workloads_are_good(path: Path) -> None:
     text = path.read_text()
-    w = parse_workload(text, path.name, lambda file: SESSION_ROWS if "session" in file else TRACE_ROWS)
+    w = parse_workload(text, path.name, shipped_rows)
     w = replace(w, duration_s=min(w.duration_s, 900.0))
     found = generate(w)
     assert len(found) > 100
