@@ -19,16 +19,31 @@ SEEDS = (1, 2, 3, 4, 5)
 FEW_SEEDS = SEEDS[:3]
 """Where runs are long, or differ little."""
 CODE = Setting("Azure code", Task("scale-code.yaml", 0, 12), (6, 7, 8, 9, 10, 11, 12, 13, 14, 16), SEEDS)
-CONVERSATION = Setting("Azure conversation", Task("scale-conversation.yaml", 0, 10), (9, 11, 12), FEW_SEEDS)
+CONVERSATION = Setting("Azure conversation", Task("scale-conversation.yaml", 0, 10), (9, 10, 11, 12), SEEDS)
 CODE_LAX = Setting("Azure code, lax", replace(CODE.task, first=8, lax=True), (5, 6, 7, 8, 9), FEW_SEEDS)
 CONVERSATION_LAX = Setting(
     "Azure conversation, lax", replace(CONVERSATION.task, first=8, lax=True), (6, 7, 8, 9), FEW_SEEDS[:1]
 )
-DAY = Setting("ServeGen day 4", Task("scale-day.yaml", 0, 12, duration_s=2700.0), (15, 18, 20, 22, 24), (1,))
+DAY = Setting("ServeGen day 4", Task("scale-day.yaml", 0, 9), (8, 9, 10, 11), (1,))
+WEEK = Setting("ServeGen week 1", Task("scale-week.yaml", 0, 8), (6, 7, 8, 9, 10), FEW_SEEDS)
+SQUARE = Setting("square", Task("scale-square.yaml", 0, 4), (12, 14, 16, 18, 20), SEEDS)
+ASCEND = "ascend-910b3"
+CODE_ASCEND = Setting(
+    "Azure code, 4 copies", replace(CODE.task, copies=4, profile=ASCEND), (6, 7, 8, 9, 10, 11, 12, 13, 14), SEEDS
+)
+CONVERSATION_ASCEND = Setting(
+    "Azure conversation, 8 copies",
+    replace(CONVERSATION.task, first=6, copies=8, profile=ASCEND),
+    (4, 5, 6, 7),
+    FEW_SEEDS,
+)
+ROLES = 0.4
+"""Share of a disaggregated fleet that is for prompts at first."""
 STARTS = ("2", "10", "60")
 TUNED_STARTS = ("2", "60")
 BEST_KINDS = ("concurrency", "rate")
 CONVERSATION_TUNING_S = 600.0
+DAY_TUNING_S = 3600.0
 SHELLS = (2, 4, 8, 12)
 PRICES = (0.0, 0.05, 0.2)
 
@@ -63,6 +78,7 @@ def conversation(runs: Runs) -> Part:
         runs,
         CONVERSATION,
         {"2": 93.0},
+        foresight_seeds=FEW_SEEDS,
         tuned_starts=TUNED_STARTS[:1],
         kinds=BEST_KINDS,
         tuning_s=CONVERSATION_TUNING_S,
@@ -71,13 +87,50 @@ def conversation(runs: Runs) -> Part:
 
 def day(runs: Runs) -> Part:
     """ServeGen day 4."""
-    return _trace(runs, DAY, {"2": 83.0, "60": 94.0}, starts=TUNED_STARTS, tuned_starts=())
+    asked = {"2": 83.0, "60": 94.0}
+    return _trace(runs, DAY, asked, starts=TUNED_STARTS, kinds=BEST_KINDS, tuning_s=DAY_TUNING_S)
+
+
+def week(runs: Runs) -> Part:
+    """ServeGen's rates of week 1."""
+    return _trace(runs, WEEK, {}, tuned_starts=())
+
+
+def square(runs: Runs) -> Part:
+    """Five times the load, on and off."""
+    return _trace(runs, SQUARE, {}, foresight_seeds=FEW_SEEDS, tuned_starts=())
+
+
+def ascend(runs: Runs) -> Part:
+    """Both Azure traces on another device."""
+    return _ours(runs, (CODE_ASCEND, CONVERSATION_ASCEND))
 
 
 def lax(runs: Runs) -> Part:
     """Both Azure traces, all requests with 4 s and 100 ms."""
+    return _ours(runs, (CODE_LAX, CONVERSATION_LAX))
+
+
+def roles(runs: Runs) -> Part:
+    """Both Azure traces, with fleets that are scaled and disaggregated at once, against the same fixed colocated
+    fleets."""
+    lines, cells = [], []
+    for setting in (CODE, CONVERSATION):
+        points = curves(runs, setting)
+        for start in STARTS:
+            line = [setting.title, f"{start} s"]
+            for prefill in (0, round(ROLES * setting.task.first)):
+                rows = runs(replace(setting.scaled(seed, "forecast", start), prefill=prefill) for seed in setting.seeds)
+                lines.append(Line(setting.title, start, f"prefill {prefill}", cost_of(points, rows)))
+                line += [_kept(lines[-1].cost), shown(lines[-1].cost.percent)]
+            cells.append(line)
+    heads = ["trace", "start", "colocated: on time, %", "cost, %", "with roles: on time, %", "cost, %"]
+    return Part(lines, table(heads, cells))
+
+
+def _ours(runs: Runs, settings: Sequence[Setting]) -> Part:
     lines = []
-    for setting in (CODE_LAX, CONVERSATION_LAX):
+    for setting in settings:
         points = curves(runs, setting)
         for start in STARTS:
             rows = runs(setting.scaled(seed, "forecast", start) for seed in setting.seeds)
@@ -210,5 +263,9 @@ PARTS = {
     "standby": standby,
     "means": means,
     "step": step,
+    "square": square,
+    "ascend": ascend,
+    "roles": roles,
+    "week": week,
     "day": day,
 }

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from hyperflexis.bench import load_workload
+from hyperflexis.core.links import Split
 from hyperflexis.core.profile import Profile
 from hyperflexis.engines.profiles import load_profile, shipped_profiles
 from hyperflexis.policy.catalog import find_policy
@@ -20,7 +21,7 @@ from hyperflexis.policy.scale import ModelScale, ScaleConfig
 from hyperflexis.sim.config import SimConfig
 from hyperflexis.sim.driver import MODEL, simulate
 from hyperflexis.sim.foresight import known_demand, needs, programme
-from hyperflexis.sim.workload import Arrival, Workload, generate
+from hyperflexis.sim.workload import Arrival, TraceArrivals, Workload, generate
 from hyperflexis.simulate_options import parse_start
 from hyperflexis.worker_pool import performed
 
@@ -37,8 +38,9 @@ FORESIGHT = "foresight@"
 @dataclass(frozen=True, slots=True)
 class Task:
     """A run of ``workload``, a file's name, on ``profile``. ``scaler`` "" is a fixed fleet of ``first`` instances;
-    others begin with as many, and ``start`` is seconds, or the best means of the profile. With ``lax`` all requests are
-    of the class LAX. Requests that come from ``since_s`` on for ``for_s`` are judged, 0: all."""
+    others begin with as many, and ``start`` is seconds, or the best means of the profile. With ``prefill`` the fleet is
+    disaggregated, and begins with so many instances for prompts. ``copies`` of a trace, 0: as the workload says. With
+    ``lax`` all requests are of the class LAX. Judged are those that come from ``since_s`` on for ``for_s``, 0: all."""
 
     workload: str
     seed: int
@@ -47,6 +49,8 @@ class Task:
     start: str = ""
     shells: int = 0
     shell_price: float = 0.0
+    prefill: int = 0
+    copies: int = 0
     lax: bool = False
     profile: str = "h100-llama-2-70b-tp4"
     duration_s: float = 0.0
@@ -77,13 +81,15 @@ class Traces:
 
     def arrivals(self, task: Task) -> tuple[Workload, list[Arrival]]:
         """What is asked of the fleet."""
-        key = (task.workload, task.seed, task.lax, task.duration_s)
+        key = (task.workload, task.seed, task.copies, task.lax, task.duration_s)
         if self._last is None or self._last[0] != key:
             names = csv_names(task.workload)
             workload = load_workload(WORKLOADS / task.workload, {name: self.files[name] for name in names})
             if task.lax:
                 classes = tuple(replace(one, share=1.0) for one in workload.classes if one.name == LAX)
                 workload = replace(workload, classes=classes)
+            if task.copies and isinstance(workload.arrivals, TraceArrivals):
+                workload = replace(workload, arrivals=replace(workload.arrivals, copies=task.copies))
             if task.duration_s:
                 workload = replace(workload, duration_s=task.duration_s)
             self._last = key, workload, generate(workload, task.seed)
@@ -114,8 +120,9 @@ def measure(traces: Traces, task: Task) -> Row:
 
 def _config(task: Task, profile: Profile, demand: list[float]) -> SimConfig:
     rules = find_policy("hyperflexis")
+    split = Split.of(task.first, task.prefill, static=False) if task.prefill else None
     if not task.scaler:
-        return SimConfig(profile, task.first, "hyperflexis", rules)
+        return SimConfig(profile, task.first, "hyperflexis", rules, split=split)
     starts, first, scaler = parse_start(task.start, profile), task.first, task.scaler
     seconds = {means: sum(length for _, length in phases) for means, phases in starts.items()}
     if scaler.startswith(FORESIGHT):
@@ -123,7 +130,8 @@ def _config(task: Task, profile: Profile, demand: list[float]) -> SimConfig:
         first, scaler = steps[0][1], "follow@" + ",".join(f"{t:g},{n}" for t, n in steps)
     model = ModelScale(MODEL, target=TARGET, standby=task.shells, start_s=dict(seconds), latency=profile.coefficients)
     scale = ScaleConfig((model,), None, scaler)
-    return SimConfig(profile, first, "hyperflexis", rules, scale=scale, starts=starts, shell_price=task.shell_price)
+    fleet = SimConfig(profile, first, "hyperflexis", rules, split=split)
+    return replace(fleet, scale=scale, starts=starts, shell_price=task.shell_price)
 
 
 class Runs:

@@ -167,3 +167,41 @@ def test_what_was_there_stays_until_it_is_known_how_the_demand_surges(surges: bo
     assert plan[290] == 20
     assert (plan[700] == 20) == surges
     assert plan[-1] < 20
+
+
+@pytest.mark.parametrize(("misses", "sign"), [(0, -1), (1, 0), (2, 1)])
+def test_the_margin_aims_at_half_of_the_misses_that_are_allowed(misses: int, sign: int):
+    scale, memory, betas = ModelScale("m", target=0.99), ModelMemory(), []
+    for t in range(1, 60):
+        sample = Sample(float(t), 1.0, 1.0, 0.0, 0.0, 200, 200, misses)
+        wish, memory = desired(Seen(float(t), sample, 4, 4, 9, 0, 0.0, 0.0, 2.0), scale, memory)
+        betas.append(wish.margin)
+    moved = betas[-1] - betas[0]
+    assert moved == pytest.approx(0.0, abs=1e-9) if not sign else moved * sign > 0.1
+
+
+def surging(height: float, start_s: float, guarded: bool) -> tuple[float, str]:
+    """By how many roots of the usual demand bursts of two seconds a minute exceed the level, and what decides."""
+    scale, memory = ModelScale("m", start_s={"disk": start_s}), ModelMemory(guarded=guarded)
+    for sample in even(lambda t: height if t % 60 < 2 else 0.5, 1200):
+        wish, memory = desired(Seen(sample.t, sample, 9, 9, 9, 0, 0.0, 0.0, start_s), scale, memory)
+        memory = replace(memory, guarded=guarded)
+    ahead = wish.forecast
+    return ahead.surge / max(ahead.usual, 0.25) ** 0.5, wish.cause
+
+
+def test_the_guard_stays_until_surges_are_well_below_what_brought_it():
+    for height, start_s, between in ((6.5, 5.0, (0.63, 0.9)), (4.0, 20.0, (0.84, 1.2))):
+        surge, cause = surging(height, start_s, guarded=False)
+        assert between[0] < surge < between[1]
+        assert cause == "demand"
+        assert surging(height, start_s, guarded=True)[1] == "surges"
+        assert surging(0.6, start_s, guarded=True)[1] == "demand"
+        assert surging(30.0, start_s, guarded=False)[1] == "surges"
+
+
+def test_quick_starts_are_guarded_at_smaller_surges_than_slow_ones():
+    assert surging(5.6, 10.0, guarded=False)[1] == "surges"
+    surge, cause = surging(5.6, 11.0, guarded=False)
+    assert 0.9 < surge < 1.2
+    assert cause == "demand"

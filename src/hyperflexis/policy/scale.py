@@ -6,9 +6,10 @@ Once a second, per model, with the demand in *instances kept busy* at each class
     need    L + beta sqrt(L + S^2)     chance within a second, and what comes before an instance can
             at least what the KV cache in use fills
     guard   where S > GUARD sqrt(usual demand), following comes too late: instead the fleet beyond which only LOST times
-            the share that may be missed of the last half hour's demand was, held for half an hour
-    beta    += GAIN (misses - (1 - target) outcomes) / (requests of a second): so it settles where the target is met. A
-            miss counts when a request is demoted, or late, not when it ends: overload would hide it
+            the share that may be missed of the last half hour's demand was, held for half an hour; until S is well
+            below that again
+    beta    += GAIN (misses - AIM (1 - target) outcomes) / (requests of a second): so it settles where the target is
+            met. A miss counts when a request is demoted, or late, not when it ends: overload would hide it
     desired ceil(need); fewer than there are only with a tenth to spare
     bound   least and most instances of the model; of a pool of devices each model gets first its least, then one
             instance after the other goes to where most of the wish is unmet, by value
@@ -32,19 +33,24 @@ from ..core.effects import Cause
 from ..core.latency import Coefficients
 from ..core.launch import Means
 from ..core.weights import WeightSource
-from .forecast import LEAST_LEVEL, WINDOW_S, Forecast, History, enough, forecast
+from .forecast import LEAST_LEVEL, QUICK_S, WINDOW_S, Forecast, History, enough, forecast
 
 EVERY_S = 1.0
 """How often this is asked."""
 FIRST_BETA, LEAST_BETA, MOST_BETA = 0.8, -0.3, 3.0
 """At constant Poisson load with a TTFT of 1 s, 0.83 keeps 99%; looser promises need less than nothing."""
 GAIN = 0.1
+AIM = 0.5
+"""Share of the misses allowed that the margin aims at. Misses come in bunches, which it takes minutes to answer."""
 RATE_S = 60.0
 """The rate of arrivals fades within this time."""
 SPARE = 1.10
-GUARD = 1.2
-"""Independent arrivals surge by 0.2 to 0.7 roots of the demand within 2 to 60 s, code completion by 0.5 within 2 s and
-by 5 within 60 s."""
+GUARD, QUICK_GUARD = 1.2, 0.9
+"""Of starts of more than QUICK_S, and of others. Independent arrivals surge by 0.2 to 0.7 roots of the demand within 2
+to 60 s, code completion by 0.4 within 2 s, where following halves the cost, by 1 within 5 s, where it costs more than a
+fixed fleet, and by 5 within 60 s."""
+RELEASE = 0.7
+"""Share of GUARD down to which the guard stays: one that comes and goes has let go of the fleet that it then needs."""
 LOST = 4.0
 """What a fixed fleet cannot serve at once is late, and about a third of that is missed: the rest has time to spare. Of
 what this gives from second to second the largest is kept, which is more than what it gives over the half hour."""
@@ -121,7 +127,8 @@ class Grant(NamedTuple):
 class ModelMemory:
     """What is remembered of one model. ``beta``: the margin; ``rate``: arrivals per second; ``idle_s``: without any
     request; ``votes``: how many seconds in a row more (positive) or fewer instances were wanted; ``grants``: what
-    ``bound`` gave, only what no later one exceeds and outlives; ``asked``: what a person wants."""
+    ``bound`` gave, only what no later one exceeds and outlives; ``guarded``: the guard ruled at the last look;
+    ``asked``: what a person wants."""
 
     history: History = field(default_factory=History)
     beta: float = FIRST_BETA
@@ -129,6 +136,7 @@ class ModelMemory:
     idle_s: float = 0.0
     votes: int = 0
     grants: tuple[Grant, ...] = ()
+    guarded: bool = False
     asked: int | None = None
 
 
@@ -159,14 +167,16 @@ def desired(seen: Seen, scale: ModelScale, memory: ModelMemory) -> tuple[Wish, M
     rate = memory.rate + (sample.arrivals - memory.rate) / RATE_S
     beta = memory.beta
     if rate > 0.0:
-        beta += GAIN * (sample.misses - (1.0 - scale.target) * sample.outcomes) / max(rate, 1.0 / RATE_S)
+        beta += GAIN * (sample.misses - AIM * (1.0 - scale.target) * sample.outcomes) / max(rate, 1.0 / RATE_S)
         beta = min(max(beta, LEAST_BETA), MOST_BETA)
     need = _with_margin(ahead.level, ahead.surge, beta)
     cause: Cause = "demand"
     reason = f"demand {ahead.level:.2f}, surges {ahead.surge:.2f}, margin {beta:.2f}"
     hold_s = max(LEAST_HOLD_S, min(HOLD_STARTS * seen.start_s, MOST_HOLD_S), 2.0 * seen.start_s)
     unknown_s = MOST_HOLD_S
-    if ahead.surge > GUARD * sqrt(max(ahead.usual, LEAST_LEVEL)):
+    guard = (QUICK_GUARD if seen.start_s <= QUICK_S else GUARD) * (RELEASE if memory.guarded else 1.0)
+    guarded = ahead.surge > guard * sqrt(max(ahead.usual, LEAST_LEVEL))
+    if guarded:
         hold_s = unknown_s = WINDOW_S
         need = max(enough(ahead.shares, LOST * (1.0 - scale.target)) + (beta - FIRST_BETA) * sqrt(ahead.usual), 0.0)
         cause = "surges"
@@ -186,7 +196,7 @@ def desired(seen: Seen, scale: ModelScale, memory: ModelMemory) -> tuple[Wish, M
     if seen.start_s > LEARN_START_S and history.count < unknown_s:  # how it surges is not known yet
         early, until = seen.now - EVERY_S * history.count + MOST_HOLD_S, seen.now + LEAST_HOLD_S
         grants = tuple(one._replace(until=max(one.until, until)) if one.at <= early else one for one in grants)
-    memory = replace(memory, history=history, beta=beta, rate=rate, idle_s=idle_s, grants=grants)
+    memory = replace(memory, history=history, beta=beta, rate=rate, idle_s=idle_s, grants=grants, guarded=guarded)
     prefill, decode = (_with_margin(side, ahead.surge, beta) for side in (ahead.prefill, ahead.decode))
     quiet = 1.0 + QUIET_NOISE * ahead.noise
     return Wish(count, hold_s, beta, ahead, cause, reason, prefill, decode, quiet), memory
