@@ -31,7 +31,7 @@ from .engines.torch.config import load_config
 from .errors import ConfigError, HyperFlexisError
 from .gateway.config import GatewayConfig, Limits, Tenant
 from .host_copy import CopyConfig
-from .launch.local import copying_env, instance_command, own_command, start_process
+from .launch.local import instance_command, own_command, start_process
 from .launch.static import endpoint_command
 from .policy.catalog import find_policy
 from .policy.scale import ModelScale, ScaleConfig
@@ -265,8 +265,7 @@ def launched(fleet: Fleet, state_dir: Path, order: Launch) -> Child:
     digest = hashlib.blake2b(order.instance.encode(), digest_size=5).hexdigest()
     command = _instance(fleet, state_dir, order.model, order.instance, digest, starts_empty=True)
     model = fleet.models[order.model]
-    env = {**copying_env(), **model.env} if _gives_weights(model) or model.host_copy else model.env
-    return Child(order.instance, "instance", command, env, order)
+    return Child(order.instance, "instance", command, model.env, order)
 
 
 def _gateway(state_dir: Path, index: int) -> Callable[[int], Sequence[str]]:

@@ -119,8 +119,15 @@ def bench(
             note(f"tcp, star of {receivers}", measure.chain_s(size, receivers, None, rounds, star=True))
             note(f"shared memory, chain of {receivers}", measure.chain_s(size, receivers, sockets, rounds))
         starts = asyncio.run(measure.starts(directory, cold)) if whole else {}
+        if starts:
+            # No instance of ours loads so: its start, with the other's load in place of its own.
+            more_s = seconds["disk as vLLM loads it"] - seconds["disk"]
+            ours = starts["disk"]
+            starts["disk as vLLM loads it (computed)"] = replace(
+                ours, ready_s=ours.ready_s + more_s, first_token_s=ours.first_token_s + more_s
+            )
         for name, one in starts.items():
-            say(f"start: {name:25} {one.ready_s:9.4f} s to ready, {one.first_token_s:.4f} s to the first token")
+            say(f"start: {name:33} {one.ready_s:9.4f} s to ready, {one.first_token_s:.4f} s to the first token")
     ratio = seconds["disk as vLLM loads it"] / seconds["shared memory"]
     say(
         f"shared memory is {ratio:.1f} times as fast as the disk as vLLM loads it; a copy of memory would be "

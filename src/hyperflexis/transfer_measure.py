@@ -14,8 +14,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,8 +34,7 @@ from .core.weights import (
     WeightsLoaded,
 )
 from .core.weights import WeightSource as Source
-from .launch.local import copying_env
-from .transfer import arena, tcp
+from .transfer import tcp
 from .transfer.arena import Arena
 from .transfer.fetch import FetchConfig, Fetcher
 from .transfer.paths import Over
@@ -74,7 +73,7 @@ def memory_copy_s(size: int, threads: int, rounds: int) -> float:
 
     def work() -> None:
         copies = [
-            threading.Thread(target=arena.copy, args=(one.address + i * part, other.address + i * part, part))
+            threading.Thread(target=ctypes.memmove, args=(other.address + i * part, one.address + i * part, part))
             for i in range(threads)
         ]
         for thread in copies:
@@ -181,18 +180,6 @@ def _child(target: Callable[..., None], *args: Any) -> tuple[Any, Any]:
     return process, ready.get(timeout=LIMIT_S)
 
 
-@contextmanager
-def _environment(added: dict[str, str]) -> Iterator[None]:
-    """Of processes that are started meanwhile."""
-    before = dict(os.environ)
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
 class Chain:
     """A source and receivers, each a process; ``run`` once."""
 
@@ -208,9 +195,8 @@ class Chain:
         for number, (place, go) in enumerate(zip(places[1:], self._go, strict=True), 1):
             args = (place, number, layout, config, self._told, ready, go)
             self._processes.append(context.Process(target=_receive, args=args, daemon=True))
-        with _environment(copying_env()):
-            for process in self._processes:
-                process.start()
+        for process in self._processes:
+            process.start()
         addresses = dict(ready.get(timeout=LIMIT_S) for _ in places)
         self.sources = [Source(addresses[number], str(number), 1) for number in range(len(places))]
 
@@ -384,8 +370,15 @@ class Instance:
     async def start_from_standby(self, *sources: Source, digest: str = "") -> Start:
         """From the order to load on. Raises AssertionError when another way was taken than the first."""
         await self.controller.hears(InstanceStandby)
+        return await self._load(time.perf_counter(), sources, digest)
+
+    async def start_with_weights(self, *sources: Source, digest: str = "") -> Start:
+        """From the process' start on; it is told to load as soon as it can. Raises as ``start_from_standby`` does."""
+        await self.controller.hears(InstanceStandby)
+        return await self._load(self.began_at, sources, digest)
+
+    async def _load(self, began: float, sources: tuple[Source, ...], digest: str) -> Start:
         assert self.controller.link is not None
-        began = time.perf_counter()
         self.controller.link.send(LoadWeights(self.name, 1, sources, digest))
         await self.controller.hears(InstanceJoined)
         ready_s = time.perf_counter() - began
@@ -412,7 +405,7 @@ async def instance(
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *("-m", "hyperflexis", "instance", *words, *(["--standby"] if standby else []), *options),
-        env={**os.environ, **copying_env(), "HYPERFLEXIS_KV_TOKEN": TOKEN},
+        env={**os.environ, "HYPERFLEXIS_KV_TOKEN": TOKEN},
         stderr=asyncio.subprocess.DEVNULL,
     )
     try:
@@ -425,7 +418,7 @@ async def instance(
 
 
 async def starts(directory: Path, cold: bool) -> dict[str, Start]:
-    """A start from disk, and one from standby over each way. The source is idle."""
+    """A start from disk, one over each way, and one from standby over each. The source is idle."""
     found: dict[str, Start] = {}
     with tempfile.TemporaryDirectory(prefix="hfx-") as scratch:
         folder = Path(scratch)
@@ -437,6 +430,8 @@ async def starts(directory: Path, cold: bool) -> dict[str, Start]:
             async with instance("shm", directory, folder, None, standby=True) as shell:
                 at = await source.source()
                 found["standby + shared memory"] = await shell.start_from_standby(at, digest=digest)
+            async with instance("new", directory, folder, None, standby=True) as process:
+                found["shared memory"] = await process.start_with_weights(at, digest=digest)
             async with instance("file", directory, folder, None, standby=True) as shell:
                 await shell.controller.hears(InstanceStandby)
                 if cold:
@@ -447,4 +442,6 @@ async def starts(directory: Path, cold: bool) -> dict[str, Start]:
             async with instance("tcp", directory, folder, None, standby=True) as shell:
                 at = await source.source()
                 found["standby + tcp"] = await shell.start_from_standby(at, digest=digest)
+            async with instance("new", directory, folder, None, standby=True) as process:
+                found["tcp"] = await process.start_with_weights(at, digest=digest)
     return found

@@ -158,12 +158,6 @@ class Ledger:
         self._there[block] = 1
         self._left -= 1
 
-    def remove(self, block: int) -> None:
-        """One that was there is to come again."""
-        assert self._there[block]
-        self._there[block] = 0
-        self._left += 1
-
     def end_of_run(self, block: int, end: int) -> int:
         """The first block from ``block`` on that is not there, at most ``end``."""
         found = self._there.find(0, block, end)

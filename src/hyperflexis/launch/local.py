@@ -18,9 +18,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-COPIES = "glibc.cpu.x86_non_temporal_threshold=0x40000"
-"""Copies of 256 KiB and more write past the caches. The C library does so by itself only above a share of the last
-cache that it takes for one core's. Behind a hypervisor that is hundreds of megabytes; weights are copied in blocks."""
 GATE = 'read -r go && exec "$@" </dev/null'
 """What a child runs first: it becomes the command, under the same pid, once it reads a line."""
 
@@ -72,11 +69,6 @@ async def start_process(
     finally:
         process.stdin.close()
     return LocalProcess(process)
-
-
-def copying_env() -> dict[str, str]:
-    """Environment of a process that copies weights, on top of ours."""
-    return {"GLIBC_TUNABLES": ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), COPIES)))}
 
 
 def process_age_s() -> float:

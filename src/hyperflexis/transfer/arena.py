@@ -29,9 +29,6 @@ if _madvise is not None:
 class Foreign(Protocol):
     """Another process's memory on this host, to be read here."""
 
-    def prepare(self, start: int, stop: int) -> None:
-        """These bytes are to be read next."""
-
     def read(self, start: int, stop: int) -> memoryview:
         """These bytes, until this thread's next ``read``."""
 
@@ -107,9 +104,13 @@ class Arena:
         return None if descriptor is None else Mapped(descriptor, self.size)
 
     def take(self, other: Foreign, start: int, stop: int) -> None:
-        """See Memory."""
-        assert isinstance(other, Mapped)
-        copy(other.address + start, self.address + start, stop - start)
+        """See Memory. Through the file: mapping pages of 4 KiB for a copy of each takes longer than that."""
+        assert isinstance(other, Mapped) and other.descriptor is not None
+        while start < stop:
+            count = os.preadv(other.descriptor, [self.view[start:stop]], start)
+            if not count:
+                raise OSError("its memory is shorter than it was")
+            start += count
 
     def release(self) -> None:
         """Nobody else can map it from now on. The memory itself goes when nothing here uses it any more."""
@@ -157,11 +158,6 @@ class Mapped:
         # Not by mmap's madvise, which holds up all other threads. An older kernel does nothing: then by faults.
         if _madvise is not None:
             _madvise(self.address + start, stop - start, _POPULATE_READ)
-
-
-def copy(source: int, target: int, size: int) -> None:
-    """Between two addresses, while other threads run: assigning a memoryview would hold them up."""
-    ctypes.memmove(target, source, size)
 
 
 def _as_tensor(view: memoryview) -> Any:

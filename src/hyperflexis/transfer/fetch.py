@@ -133,7 +133,7 @@ class Fetcher:
 
     def _from(self, source: WeightSource, over: Over) -> None:
         with self._connected(source) as channel:
-            writing = self._expect(channel)
+            self._expect(channel)
             chunks = list(self._shard.layout.chunks(self._shard.missing(), self._config.chunk_bytes))
             lanes = [chunks[lane :: self._config.sockets] for lane in range(self._config.sockets)]
             problems: list[Exception] = []
@@ -159,14 +159,8 @@ class Fetcher:
                     thread.start()
                 for thread in threads:
                     thread.join()
-            confirmed = not any(way.reads_first for way in ways)
-            try:
-                if problems:
-                    raise problems[0]
-                confirmed = confirmed or self._expect(channel) == writing
-            finally:
-                if not confirmed:
-                    self._shard.recheck(chunks)
+            if problems:
+                raise problems[0]
             if not self._shard.is_complete:
                 raise ProtocolError("something that was asked for did not come")
 
@@ -191,16 +185,14 @@ class Fetcher:
         assert not isinstance(self._shard.arena, Mapped), "what was mapped is complete"
         return self._shard.arena
 
-    def _expect(self, channel: SocketChannel) -> int:
-        """Hear which weights they are, and how often their memory was written over. Raises Refusal when they are not
-        wanted."""
+    def _expect(self, channel: SocketChannel) -> None:
+        """Hear which weights they are. Raises Refusal when they are not wanted."""
         channel.send(encode(Describe()))
         answer = _hear(channel, _DESCRIBED, self._config)
         wanted, found = self._config.digest, answer.manifest.digest
         if wanted and wanted != found:
             raise Refusal(f"its weights have digest {found}, and {wanted} are wanted")
         self._shard.expect(answer.manifest)
-        return answer.writing
 
     def _way(self, channel: SocketChannel, source: WeightSource, over: Over) -> Inward:
         """How bytes come on this connection. Raises Refusal when it is not to be the one that was asked for."""

@@ -91,8 +91,6 @@ class GroupSource:
 class GroupTarget:
     """A target's end; see Inward."""
 
-    reads_first = False
-
     def __init__(self, channel: SocketChannel, own: Memory, limit_s: float) -> None:
         """Raises OSError when there comes no group about."""
         self.path = backend_of(own)

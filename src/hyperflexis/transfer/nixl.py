@@ -122,7 +122,6 @@ class Reader:
     """A target's end; see Inward."""
 
     path: Path = "nixl"
-    reads_first = False
 
     def __init__(self, channel: SocketChannel, own: Memory, handle: bytes, limit_s: float) -> None:
         """Raises OSError."""

@@ -50,11 +50,9 @@ class Outward(Protocol):
 
 
 class Inward(Protocol):
-    """A target's end. ``reads_first``: blocks are digested in the source's memory, so it is to be asked in the end
-    whether it wrote there meanwhile."""
+    """A target's end."""
 
     path: Path
-    reads_first: bool
 
     def bring(self, shard: Shard, blocks: range) -> None:
         """These were granted: to where they are to be, with the gaps between their tensors, checked, and entered in the
@@ -88,7 +86,6 @@ class Received:
     """The same at the other end: bytes are received where they are to be."""
 
     path: Path = "tcp"
-    reads_first = False
 
     def __init__(self, channel: SocketChannel, own: Memory) -> None:
         self._channel = channel
@@ -100,8 +97,7 @@ class Received:
         at = where[blocks.start].start
         for block in blocks:
             self._own.fill(at, where[block].stop, self._channel.receive_bytes)
-            shard.check(block, self._own)
-            shard.arrived(range(block, block + 1))
+            shard.came(range(block, block + 1))
             at = where[block].stop
 
     def close(self) -> None:
@@ -135,24 +131,19 @@ class Lent:
 class Copied:
     """The same at the other end."""
 
-    reads_first = True
-
     def __init__(self, foreign: Foreign, own: Memory) -> None:
         self.path: Path = "shared memory" if isinstance(foreign, Mapped) else "device"
         self._foreign = foreign
         self._own = own
 
     def bring(self, shard: Shard, blocks: range) -> None:
-        """See Inward. Digesting a block leaves it in the core's cache; the copy writes past the caches where it can
-        (arena.py)."""
+        """See Inward. Each block is digested while the core has it at hand."""
         where = shard.layout.blocks
         at = where[blocks.start].start
-        self._foreign.prepare(at, where[blocks.stop - 1].stop)
         for block in blocks:
-            shard.check(block, self._foreign)
             self._own.take(self._foreign, at, where[block].stop)
+            shard.came(range(block, block + 1))
             at = where[block].stop
-        shard.arrived(blocks)
 
     def close(self) -> None:
         """See Inward. The memory goes when nothing here uses it any more."""

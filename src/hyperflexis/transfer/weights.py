@@ -24,7 +24,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
@@ -34,7 +34,7 @@ from xxhash import xxh3_128_digest
 
 from ..core.weights import Ledger, Manifest, WeightLayout, difference
 from ..errors import ProtocolError
-from .arena import Foreign, Mapped, Memory
+from .arena import Mapped, Memory
 from .auth import Hello, let_in
 from .links import Gone, Refusal
 from .listener import Listener
@@ -43,7 +43,7 @@ from .paths import Outward, Over, Sent, outward, require
 from .tcp import MAX_HEADER, SocketChannel
 from .transport import PEER_LIMIT_S
 
-VERSION = 3
+VERSION = 4
 ALIVE_S = 1.0
 PIECE = 4 << 20
 """Bytes that leave at once: the next in a chain has them after so many, whatever the size of a chunk; what a piece
@@ -66,11 +66,9 @@ class Open(msgspec.Struct, frozen=True, tag=True):
 
 
 class Described(msgspec.Struct, frozen=True, tag=True):
-    """These. ``writing``: how often the memory was given up to be written over; while that stays the same, what was
-    read there is what was there."""
+    """These."""
 
     manifest: Manifest
-    writing: int = 0
 
 
 class Fetch(msgspec.Struct, frozen=True, tag=True):
@@ -113,7 +111,6 @@ class Shard:
         self._manifest: Manifest | None = None
         self._ledger = Ledger(len(layout.blocks))
         self._closed = False
-        self._writing = 0
 
     @property
     def manifest(self) -> Manifest | None:
@@ -128,7 +125,7 @@ class Shard:
 
     def described(self) -> Described | None:
         """For who asks; None before it is known which weights are to be here. For ``wait``."""
-        return None if self._manifest is None else Described(self._manifest, self._writing)
+        return None if self._manifest is None else Described(self._manifest)
 
     def digests(self, threads: int = 2) -> bytes:
         """Of all blocks of what is in the memory now. Takes as long as reading it."""
@@ -157,41 +154,17 @@ class Shard:
             self._manifest = manifest
             self._changed.notify_all()
 
-    def check(self, block: int, memory: Memory | Foreign) -> None:
-        """Raises ProtocolError unless a block, as it lies in ``memory``, is what the manifest says."""
-        assert self._manifest is not None
-        where = self.layout.blocks[block]
-        if xxh3_128_digest(memory.read(where.start, where.stop)) != self._manifest.block(block):
-            raise ProtocolError(
-                f"tensor {self.layout.tensor_at(block).name} was damaged on its way: the digest of block {block} is "
-                "another"
-            )
-
     def came(self, blocks: range) -> None:
-        """Blocks are in their place, and are to be checked there. Raises ProtocolError, at the first that is not as it
-        should be."""
+        """Blocks are in their place, and are to be checked there. Raises ProtocolError, at the first that is not what
+        the manifest says."""
+        assert self._manifest is not None
         for block in blocks:
-            self.check(block, self.arena)
-            self.arrived(range(block, block + 1))
-
-    def arrived(self, blocks: range) -> None:
-        """Blocks that were checked are in their place."""
-        with self._changed:
-            for block in blocks:
+            if self._digest(block) != self._manifest.block(block):
+                tensor = self.layout.tensor_at(block).name
+                raise ProtocolError(f"tensor {tensor} was damaged on its way: the digest of block {block} is another")
+            with self._changed:
                 self._ledger.enter(block)
-            self._changed.notify_all()
-
-    def recheck(self, spans: Iterable[range]) -> None:
-        """Digest again, where they lie, those of these blocks that are here; what is not as it should be is missing
-        from now on."""
-        here = set().union(*spans).difference(*self.missing())
-        for block in sorted(here):
-            try:
-                self.check(block, self.arena)
-            except ProtocolError as error:
-                _log.warning("%s", error)
-                with self._changed:
-                    self._ledger.remove(block)
+                self._changed.notify_all()
 
     def missing(self) -> list[range]:
         """Blocks that are still to come."""
@@ -207,7 +180,6 @@ class Shard:
         with self._changed:
             self._manifest = None
             self._ledger = Ledger(len(self.layout.blocks))
-            self._writing += 1
 
     def close(self) -> None:
         """Wake all who wait: nothing more comes."""

@@ -55,9 +55,6 @@ class _Staged:
             staging.copy_(self.tensor[start:stop])
             return staging.numpy().data
 
-    def prepare(self, start: int, stop: int) -> None:
-        """See Foreign: there is nothing to do."""
-
 
 class DeviceArena:
     """A Memory of ``size`` bytes on a device, zero at first. With ``shared`` other processes on this host can open it.
