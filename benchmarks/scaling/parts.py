@@ -25,7 +25,7 @@ CONVERSATION_LAX = Setting(
     "Azure conversation, lax", replace(CONVERSATION.task, first=8, lax=True), (6, 7, 8, 9), FEW_SEEDS[:1]
 )
 DAY = Setting("ServeGen day 4", Task("scale-day.yaml", 0, 9), (8, 9, 10, 11), (1,))
-WEEK = Setting("ServeGen week 1", Task("scale-week.yaml", 0, 8), (6, 7, 8, 9, 10), FEW_SEEDS)
+WEEK = Setting("ServeGen week 1", Task("scale-week.yaml", 0, 8), (7, 8, 9, 10), (1,))
 SQUARE = Setting("square", Task("scale-square.yaml", 0, 4), (12, 14, 16, 18, 20), SEEDS)
 ASCEND = "ascend-910b3"
 CODE_ASCEND = Setting(
@@ -43,7 +43,7 @@ STARTS = ("2", "10", "60")
 TUNED_STARTS = ("2", "60")
 BEST_KINDS = ("concurrency", "rate")
 CONVERSATION_TUNING_S = 600.0
-DAY_TUNING_S = 3600.0
+DAY_TUNING_S = 1200.0
 SHELLS = (2, 4, 8, 12)
 PRICES = (0.0, 0.05, 0.2)
 
