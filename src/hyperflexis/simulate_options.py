@@ -75,12 +75,13 @@ def parse_start(text: str, profile: Profile) -> Starts:
 
 
 def _measured(path: Path) -> Starts:
-    """What starts took: a process from disk, and shells that got their weights over TCP."""
+    """What starts took: a process from disk or with weights over TCP, and shells that got theirs so."""
     try:
         found = json.loads(path.read_bytes())
         disk_s = float(found["paths"]["disk"]["seconds"])
         process_s = float(found["starts"]["disk"]["ready_s"]) - disk_s
         woken_s = float(found["starts"]["standby + tcp"]["ready_s"])
+        over_tcp_s = float(found["starts"]["tcp"]["ready_s"])
     except OSError as error:
         raise ConfigError(f"--start {path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -89,7 +90,8 @@ def _measured(path: Path) -> Starts:
         ) from error
     started: tuple[StartPhase, float] = ("process", process_s)
     woken: tuple[StartPhase, float] = ("weights", woken_s)
-    return {"disk": (started, ("weights", disk_s)), "d2d": (started, woken), "standby": (woken,)}
+    empty: tuple[StartPhase, float] = ("process", max(over_tcp_s - woken_s, 0.0))
+    return {"disk": (started, ("weights", disk_s)), "d2d": (empty, woken), "standby": (woken,)}
 
 
 def at_least(option: str, value: int, least: int) -> int:

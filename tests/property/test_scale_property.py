@@ -14,7 +14,19 @@ from hypothesis import strategies as st
 
 from hyperflexis.core.demand import Sample, Tally
 from hyperflexis.policy.catalog import find_scaler
-from hyperflexis.policy.scale import ModelMemory, ModelScale, ScaleConfig, Seen, Wish, bound, desired, hold
+from hyperflexis.policy.scale import (
+    GUARD,
+    QUICK_GUARD,
+    RELEASE,
+    ModelMemory,
+    ModelScale,
+    ScaleConfig,
+    Seen,
+    Wish,
+    bound,
+    desired,
+    hold,
+)
 
 WORK_S = 0.3
 """Seconds of an instance that a prompt takes."""
@@ -180,7 +192,7 @@ def test_the_margin_aims_at_half_of_the_misses_that_are_allowed(misses: int, sig
     assert moved == pytest.approx(0.0, abs=1e-9) if not sign else moved * sign > 0.1
 
 
-def surging(height: float, start_s: float, guarded: bool) -> tuple[float, str]:
+def surging(height: float, start_s: float, guarded: float = 0.0) -> tuple[float, str]:
     """By how many roots of the usual demand bursts of two seconds a minute exceed the level, and what decides."""
     scale, memory = ModelScale("m", start_s={"disk": start_s}), ModelMemory(guarded=guarded)
     for sample in even(lambda t: height if t % 60 < 2 else 0.5, 1200):
@@ -191,17 +203,21 @@ def surging(height: float, start_s: float, guarded: bool) -> tuple[float, str]:
 
 
 def test_the_guard_stays_until_surges_are_well_below_what_brought_it():
-    for height, start_s, between in ((6.5, 5.0, (0.63, 0.9)), (4.0, 20.0, (0.84, 1.2))):
-        surge, cause = surging(height, start_s, guarded=False)
-        assert between[0] < surge < between[1]
+    for height, start_s, guard in ((6.5, 5.0, QUICK_GUARD), (4.0, 20.0, GUARD)):
+        surge, cause = surging(height, start_s)
+        assert RELEASE * guard < surge < guard
         assert cause == "demand"
-        assert surging(height, start_s, guarded=True)[1] == "surges"
-        assert surging(0.6, start_s, guarded=True)[1] == "demand"
-        assert surging(30.0, start_s, guarded=False)[1] == "surges"
+        assert surging(height, start_s, guard)[1] == "surges"
+        assert surging(0.6, start_s, guard)[1] == "demand"
+        assert surging(30.0, start_s)[1] == "surges"
+
+
+def test_a_guard_that_slow_starts_brought_is_none_for_quick_ones():
+    assert surging(6.5, 5.0, GUARD)[1] == "demand"
 
 
 def test_quick_starts_are_guarded_at_smaller_surges_than_slow_ones():
-    assert surging(5.6, 10.0, guarded=False)[1] == "surges"
-    surge, cause = surging(5.6, 11.0, guarded=False)
-    assert 0.9 < surge < 1.2
+    assert surging(5.6, 10.0)[1] == "surges"
+    surge, cause = surging(5.6, 11.0)
+    assert QUICK_GUARD < surge < GUARD
     assert cause == "demand"

@@ -30,6 +30,8 @@ FARTHEST = 3.0
 SAME = 0.05
 """While what is observed is predicted alike, but for this share, and the quantile moved by no more, old coefficients
 are as good as new ones, with which a scheduler ranks all that wait anew."""
+SAME_PROMPT = 0.25
+"""And while a prompt's token takes as long, but for this share: among many decodes it hardly shows."""
 
 
 class ColdFit:
@@ -87,7 +89,12 @@ class ColdFit:
         known = self.coefficients
         was = known.c0 + known.c1 * prefill_tokens + known.c2 * attention + known.c3 * decodes + known.c4 * kv_tokens
         now = c0 + c1 * prefill_tokens + c2 * attention + c3 * decodes + c4 * kv_tokens
-        self._moved = self._moved or abs(now - was) > SAME * was or abs(self._q90 - known.q90) > SAME
+        self._moved = (
+            self._moved
+            or abs(now - was) > SAME * was
+            or abs(self._q90 - known.q90) > SAME
+            or (prefill_tokens > 0.0 and abs(c1 - known.c1) > SAME_PROMPT * known.c1)
+        )
         if self._seen >= self._refresh_at:
             self._refresh_at += min(self._refresh_every, 1 + self._seen // 8)
             if self._moved:

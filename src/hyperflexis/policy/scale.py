@@ -50,8 +50,9 @@ GUARD, QUICK_GUARD = 1.2, 0.9
 to 60 s, code completion by 0.4 within 2 s, where following halves the cost, by 1 within 5 s, where it costs more than a
 fixed fleet, and by 5 within 60 s."""
 RELEASE = 0.7
-"""Share of GUARD down to which the guard stays: one that comes and goes has let go of the fleet that it then needs."""
-LOST = 4.0
+"""Share of what brought the guard down to which it stays, where starts are as quick as they were: one that comes and
+goes has let go of the fleet that it then needs."""
+LOST = 5.0
 """What a fixed fleet cannot serve at once is late, and about a third of that is missed: the rest has time to spare. Of
 what this gives from second to second the largest is kept, which is more than what it gives over the half hour."""
 LEARN_START_S = 4.0
@@ -127,8 +128,8 @@ class Grant(NamedTuple):
 class ModelMemory:
     """What is remembered of one model. ``beta``: the margin; ``rate``: arrivals per second; ``idle_s``: without any
     request; ``votes``: how many seconds in a row more (positive) or fewer instances were wanted; ``grants``: what
-    ``bound`` gave, only what no later one exceeds and outlives; ``guarded``: the guard ruled at the last look;
-    ``asked``: what a person wants."""
+    ``bound`` gave, only what no later one exceeds and outlives; ``guarded``: the guard that ruled at the last look,
+    0: none; ``asked``: what a person wants."""
 
     history: History = field(default_factory=History)
     beta: float = FIRST_BETA
@@ -136,7 +137,7 @@ class ModelMemory:
     idle_s: float = 0.0
     votes: int = 0
     grants: tuple[Grant, ...] = ()
-    guarded: bool = False
+    guarded: float = 0.0
     asked: int | None = None
 
 
@@ -174,8 +175,9 @@ def desired(seen: Seen, scale: ModelScale, memory: ModelMemory) -> tuple[Wish, M
     reason = f"demand {ahead.level:.2f}, surges {ahead.surge:.2f}, margin {beta:.2f}"
     hold_s = max(LEAST_HOLD_S, min(HOLD_STARTS * seen.start_s, MOST_HOLD_S), 2.0 * seen.start_s)
     unknown_s = MOST_HOLD_S
-    guard = (QUICK_GUARD if seen.start_s <= QUICK_S else GUARD) * (RELEASE if memory.guarded else 1.0)
-    guarded = ahead.surge > guard * sqrt(max(ahead.usual, LEAST_LEVEL))
+    guard = QUICK_GUARD if seen.start_s <= QUICK_S else GUARD
+    least = guard * (RELEASE if memory.guarded == guard else 1.0)
+    guarded = guard if ahead.surge > least * sqrt(max(ahead.usual, LEAST_LEVEL)) else 0.0
     if guarded:
         hold_s = unknown_s = WINDOW_S
         need = max(enough(ahead.shares, LOST * (1.0 - scale.target)) + (beta - FIRST_BETA) * sqrt(ahead.usual), 0.0)

@@ -98,6 +98,7 @@ def plan(
     decodes, kv_tokens = len(running), running.kv_tokens
     decode_s = latency.decode_s(decodes, kv_tokens)
     if not waiting:
+        waiting.memo = None
         return StepPlan([])
     tightest = list(running.tightest(now, decode_s))
     budget_s = budget.iteration_s(now, tightest, decode_s, latency.q90)
@@ -200,8 +201,9 @@ class _Ranked(Generic[J]):
                 self.late_at = min(self.late_at, item.due - item.work_s - ROUNDING_S)
         changes.clear()
         for job in waiting.started.values():
-            if job in jobs and job.memo[1] != job.computed:
-                items[jobs.index(job)] = _rank(job, latency)[2]
+            if job.memo is not None and job.memo[1] != job.computed and job in jobs:
+                item = items[jobs.index(job)] = _rank(job, latency)[2]
+                self.late_at = min(self.late_at, item.due - item.work_s - ROUNDING_S)
         return start < self.late_at
 
 
@@ -213,8 +215,10 @@ class _Queue(Generic[J]):
         self.newly_late: list[J] = []
         self._start = start = now + latency.c0
         ranked: _Ranked[J] | None = waiting.memo
+        waiting.memo = None  # until it has followed, it is neither the old queue nor the new one
         if ranked is None or not ranked.follow(waiting, latency, start):
-            ranked = waiting.memo = self._ranked(latency)
+            ranked = self._ranked(latency)
+        waiting.memo = ranked
         jobs, items = ranked.jobs, ranked.items
         self._kept_items = kept = on_time_subset(items, start, share)
         self._kept, self._demoted = jobs, []

@@ -163,7 +163,8 @@ class Waiting(Generic[W]):
         self._leave_late(job.id)
 
     def stop(self, job: W) -> None:
-        """It holds none any more."""
+        """It holds none any more, and what was computed of it may be another now."""
+        self.memo = None
         del self.started[job.id]
         if self.is_late(job.id):
             self._join_late(job)

@@ -227,9 +227,11 @@ class _Reader:
         return RateArrivals(tuple(steps), cv)
 
     def _steps(self, field: _Field) -> Sequence[tuple[float, float]]:
-        if isinstance(field.node, yaml.ScalarNode):
+        if isinstance(field.node, yaml.ScalarNode) and field.node.tag == "tag:yaml.org,2002:str":
             path = field.text()
             return parse_rates(self.text(field, path), path)
+        if not isinstance(field.node, yaml.SequenceNode):
+            raise field.error("must be a list of [from second, requests per second], or the name of a csv file of them")
         steps: list[tuple[float, float]] = []
         for step in field.items():
             pair = step.items()

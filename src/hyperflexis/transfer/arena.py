@@ -104,13 +104,9 @@ class Arena:
         return None if descriptor is None else Mapped(descriptor, self.size)
 
     def take(self, other: Foreign, start: int, stop: int) -> None:
-        """See Memory. Through the file: mapping pages of 4 KiB for a copy of each takes longer than that."""
-        assert isinstance(other, Mapped) and other.descriptor is not None
-        while start < stop:
-            count = os.preadv(other.descriptor, [self.view[start:stop]], start)
-            if not count:
-                raise OSError("its memory is shorter than it was")
-            start += count
+        """See Memory."""
+        assert isinstance(other, Mapped)
+        other.copy_to(self.view[start:stop], start)
 
     def release(self) -> None:
         """Nobody else can map it from now on. The memory itself goes when nothing here uses it any more."""
@@ -150,6 +146,19 @@ class Mapped:
     def as_tensor(self, start: int, stop: int) -> Any:
         """See Memory."""
         return _as_tensor(self.view[start:stop])
+
+    def copy_to(self, into: memoryview, start: int) -> None:
+        """The bytes from ``start`` on, through the file: mapping pages of 4 KiB for one copy of each takes longer.
+
+        Raises OSError where there are not so many any more.
+        """
+        assert self.descriptor is not None
+        done = 0
+        while done < len(into):
+            count = os.preadv(self.descriptor, [into[done:]], start + done)
+            if not count:
+                raise OSError("its memory is shorter than it was")
+            done += count
 
     def prepare(self, start: int, stop: int) -> None:
         """These bytes are to be read next: have their pages mapped at once, which takes half of the time of a fault for

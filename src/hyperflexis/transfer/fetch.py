@@ -55,7 +55,7 @@ BROKEN = (OSError, ValueError, ProtocolError, Refusal, msgspec.DecodeError)
 @dataclass(frozen=True, slots=True)
 class FetchConfig:
     """``chunk_bytes``: what a connection takes at a turn. ``digest``: the only weights that are wanted, "" for any.
-    ``share``: map the memory of a source on this host, rather than having it sent. ``over``: the way that is tried
+    ``share``: read the memory of a source on this host, rather than having it sent. ``over``: the way that is tried
     before these."""
 
     token: str = ""

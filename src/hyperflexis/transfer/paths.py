@@ -1,7 +1,7 @@
 """The ways on which the bytes of granted blocks get from a source's memory into a target's. All else, who may have
 them, which they are, what has come and whether it is right, is the same on each (weights.py).
 
-    shared    on one host: the target maps the source's memory, or a device's, and copies       asked for by itself
+    shared    on one host: the target reads the source's memory, or a device's, itself         asked for by itself
     tcp       the bytes follow on the connection on which they were granted                    where nothing else goes
     nixl      the target reads them out of the source's memory (nixl.py)                       where it is set, at both
     gloo, nccl, hccl   PyTorch sends and receives them between the two alone (group.py)          ends: ``Over``

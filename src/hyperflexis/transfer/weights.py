@@ -12,10 +12,8 @@ All that on a connection that has been let in (auth.py), as often as wanted; a t
 tell targets apart from each other, nor whether they pass on what they get: a chain is a list of them. Ways: paths.py.
 
 **Integrity.** The digests of all blocks are in the manifest, which the first source made of weights that it serves
-with. Each target digests each block once, right after it came over TCP, or in the source's memory right before it is
-copied from there: so nothing damaged is passed on, and the link that did it is known. Bytes need no checksum of their
-own on their way, and who sends reads them once. What was copied counts once the source has said that it did not write
-over its memory meanwhile; else it is digested again where it lies.
+with. Each target digests each block once, right after it came, where it lies: so nothing damaged is passed on, and the
+link that did it is known. Bytes need no checksum of their own on their way, and who sends reads them once.
 """
 
 from __future__ import annotations

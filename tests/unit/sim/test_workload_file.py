@@ -127,6 +127,8 @@ GOOD = "duration_s: 10\narrivals: {rate_rps: 5}\nclasses:\n  - {name: a, share: 
         (GOOD.replace("rate_rps: 5", "steps: [[1, 5]]"), "first step must start at second 0"),
         (GOOD.replace("rate_rps: 5", "steps: [[0, 5], [0, 6]]"), "start after the step before"),
         (GOOD.replace("rate_rps: 5", "steps: [[0, 5, 6]]"), "must be \\[from second"),
+        (GOOD.replace("rate_rps: 5", "steps: 5"), "must be a list of .from second, requests per second., or the name"),
+        (GOOD.replace("rate_rps: 5", "steps: {a: 1}"), "arrivals.steps: must be a list of"),
         (GOOD.replace("rate_rps: 5", "steps: none.csv"), "w.yaml:2: arrivals.steps: cannot read none.csv"),
         (GOOD.replace("rate_rps: 5", "steps: trace.csv"), "trace.csv:1: column 'rate_rps' is missing"),
         (GOOD.replace("rate_rps: 5", "steps: [[0, 5]], time_scale: 0"), "time_scale: must be a number above 0"),

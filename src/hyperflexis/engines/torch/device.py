@@ -101,7 +101,10 @@ class DeviceArena:
     def take(self, other: Foreign, start: int, stop: int) -> None:
         """See Memory."""
         if isinstance(other, Mapped):
-            self._write(start, torch.frombuffer(other.read(start, stop), dtype=torch.uint8))
+            with told():
+                staging = self._staged.staging(stop - start)
+            other.copy_to(staging.numpy().data, start)
+            self._write(start, staging)
         else:
             assert isinstance(other, _Staged)
             self._write(start, other.tensor[start:stop])

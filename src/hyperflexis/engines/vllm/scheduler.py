@@ -223,6 +223,8 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is not there w
                 queues.run(seq)
                 # A token may have come after a preemption, from the step before it.
                 queues.correct(seq, request.num_output_tokens)
+            else:
+                queues.waiting.memo = None  # it is due at another time now
         if done.uneven:
             for seq in list(queues.running):
                 request = seq.payload
