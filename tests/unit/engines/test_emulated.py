@@ -65,9 +65,9 @@ async def test_iterations_take_the_profiles_time_on_average_although_timers_are_
         late_s.append(wall_s - modelled_s)
         if late_s[-1] < 0.1:
             break
-    # Some iterations may end late, more so on a busy machine; what must not happen is that each of the 399 adds a
-    # timer's half a millisecond or more to it.
-    assert -0.005 < min(late_s) < 0.1
+    # Some iterations may end late, and the first token may be seen late, more so on a busy machine; what must not happen
+    # is that each of the 399 adds a timer's half a millisecond or more to it, or takes as much less.
+    assert -0.1 < min(late_s, key=abs) < 0.1
 
 
 async def test_texts_end_by_themselves_after_the_wanted_mean() -> None:
