@@ -51,7 +51,7 @@ $(VLLM_STAMP): pyproject.toml constraints.txt
 test-vllm: $(VLLM_STAMP)  ## tests on real vLLM servers, on the CPU, in an environment of their own (3.5 GB, minutes)
 	timeout --foreground $(VLLM_LIMIT) $(VLLM_BIN)/python -m pytest -q -rs tests/vllm $(ARGS)
 
-test-nixl: $(VLLM_STAMP)  ## tests of vLLM servers that hand KV over by NIXL; better on four idle cores
+test-nixl: $(VLLM_STAMP)  ## tests of vLLM servers that hand KV over by NIXL, which keeps all cores busy
 	HYPERFLEXIS_TEST_NIXL=1 timeout --foreground $(VLLM_LIMIT) $(VLLM_BIN)/python -m pytest -q -rs tests/vllm/test_disaggregated.py $(ARGS)
 
 gpu:  ## what needs an NVIDIA GPU: tests, a profile, weight transfer, docs/gpu.md; says so where there is none
