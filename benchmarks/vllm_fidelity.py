@@ -38,7 +38,6 @@ from hyperflexis.launch.local import own_command
 from hyperflexis.make_model import Recipe as ModelRecipe
 from hyperflexis.make_model import make_model
 
-SIZE = "20m"
 MAX_BATCH, MAX_BATCH_TOKENS, CONTEXT = 32, 512, 1024
 TARGET = 0.15
 WARM_UP_S = 12.0
@@ -50,11 +49,11 @@ ENGINE = "VLLM::EngineCore"[:15]
 class Servers:
     """The servers of one run, and what a fleet file says of them."""
 
-    def __init__(self, folder: Path, number: int, python: str) -> None:
+    def __init__(self, folder: Path, size: str, number: int, python: str) -> None:
         self._folder = folder
         self._profile: Path | None = None
-        self._model = folder / SIZE
-        make_model(self._model, ModelRecipe(SIZE, context=CONTEXT))
+        self._model = folder / size
+        make_model(self._model, ModelRecipe(size, context=CONTEXT))
         self._recipe = Recipe(
             "m",
             self._model,
@@ -122,6 +121,7 @@ def pin(pid: int, cores: list[int]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--servers", type=int, default=1)
+    parser.add_argument("--size", default="20m", help="of the model (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument(
         "--load", type=float, default=0.7, help="arrival rate over what is carried (default: %(default)s)"
@@ -131,7 +131,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "vllm_fidelity.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="vllm-fidelity-") as temporary:
-        servers = Servers(Path(temporary), args.servers, args.python)
+        servers = Servers(Path(temporary), args.size, args.servers, args.python)
         try:
             case = Case(
                 "fidelity-torch.yaml", servers.profile, servers.entry, TARGET, WARM_UP_S, SATURATION_S, args.servers

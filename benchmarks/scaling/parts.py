@@ -26,16 +26,16 @@ CONVERSATION_LAX = Setting(
 )
 DAY = Setting("ServeGen day 4", Task("scale-day.yaml", 0, 9), (8, 9, 10, 11), (1,))
 WEEK = Setting("ServeGen week 1", Task("scale-week.yaml", 0, 8), (7, 8, 9, 10), (1,))
-SQUARE = Setting("square", Task("scale-square.yaml", 0, 4), (12, 14, 16, 18, 20), SEEDS)
+SQUARE = Setting("square", Task("scale-square.yaml", 0, 4), (14, 16, 18, 20), FEW_SEEDS)
 ASCEND = "ascend-910b3"
 CODE_ASCEND = Setting(
-    "Azure code, 4 copies", replace(CODE.task, copies=4, profile=ASCEND), (6, 7, 8, 9, 10, 11, 12, 13, 14), SEEDS
+    "Azure code, 4 copies", replace(CODE.task, copies=4, profile=ASCEND), (7, 8, 9, 10, 11, 12, 13), FEW_SEEDS
 )
 CONVERSATION_ASCEND = Setting(
     "Azure conversation, 8 copies",
     replace(CONVERSATION.task, first=6, copies=8, profile=ASCEND),
     (4, 5, 6, 7),
-    FEW_SEEDS,
+    (1,),
 )
 ROLES = 0.4
 """Share of a disaggregated fleet that is for prompts at first."""
@@ -98,7 +98,7 @@ def week(runs: Runs) -> Part:
 
 def square(runs: Runs) -> Part:
     """Five times the load, on and off."""
-    return _trace(runs, SQUARE, {}, foresight_seeds=FEW_SEEDS, tuned_starts=())
+    return _trace(runs, SQUARE, {}, tuned_starts=())
 
 
 def ascend(runs: Runs) -> Part:

@@ -300,6 +300,13 @@ def _live_vllm(args: argparse.Namespace) -> tuple[Sequence[Sample], Profile]:
         measure_vllm(engine, args.rounds, lambda done: print(f"round {done} of {args.rounds}", file=sys.stderr))
     )
     info = live.info
+    if live.left_out:
+        most = max(shape.decodes for shape in live.left_out)
+        print(
+            f"{len(live.left_out)} shapes of up to {most} decodes were left out: the first of their streams was at the "
+            "end of the server's context before the last began (--max-model-len)",
+            file=sys.stderr,
+        )
     return live.samples, _profile(
         {
             "name": args.out.stem,

@@ -41,11 +41,13 @@ IDS = range(100, 900)
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """What was measured: ``overhead_s`` is what a request costs beside its iterations."""
+    """What was measured: ``overhead_s`` is what a request costs beside its iterations. ``left_out`` are shapes that the
+    server does not come to: the first of the streams has put out all that its context allows before the last begins."""
 
     samples: tuple[Sample, ...]
     info: EngineInfo
     overhead_s: float
+    left_out: tuple[Shape, ...]
 
 
 class Shape(NamedTuple):
@@ -54,6 +56,10 @@ class Shape(NamedTuple):
     prefill: int
     decodes: int
     context: int
+
+
+class _Full(HyperFlexisError):
+    """A stream has put out all that it may."""
 
 
 @dataclass(slots=True, eq=False)
@@ -68,6 +74,8 @@ class _Stream:
         """Wait until so many tokens are there. Raises HyperFlexisError when they will not come."""
         async with asyncio.timeout(LIMIT_S):
             while len(self.at) < tokens:
+                if self.end is not None and self.end.finish == "length":
+                    raise _Full("the server's context is too short to time anything: give it more (--max-model-len)")
                 if self.end is not None:
                     raise HyperFlexisError(f"the server ends a request early: {self.end.finish} {self.end.message}")
                 self.moved.clear()
@@ -122,8 +130,12 @@ async def measure(engine: Engine, rounds: int, progress: Callable[[int], None], 
         for done in range(rounds + 1):
             one_token_s = await _prefill_s(client, 1)
             decode_s = await _decode_s(client, Shape(0, 1, 16), info.context_length)
-            for shape in wanted:
-                taken_s = await _taken_s(client, shape, info.context_length)
+            for shape in list(seconds):
+                try:
+                    taken_s = await _taken_s(client, shape, info.context_length)
+                except _Full:
+                    del seconds[shape]
+                    continue
                 if done:  # the first of a shape may take what others do not
                     seconds[shape].append(taken_s)
             if done:
@@ -136,7 +148,7 @@ async def measure(engine: Engine, rounds: int, progress: Callable[[int], None], 
         _sample(shape, max(median(times) - (0.0 if shape.decodes else overhead_s), 1e-6))
         for shape, times in seconds.items()
     )
-    return Live(samples, info, overhead_s)
+    return Live(samples, info, overhead_s, tuple(shape for shape in wanted if shape not in seconds))
 
 
 def shapes(max_batch: int, max_batch_tokens: int, context_length: int, kv_tokens: int) -> list[Shape]:
@@ -175,17 +187,19 @@ async def _decode_s(client: _Client, shape: Shape, context_length: int) -> float
     tokens = min(MOST_TOKENS, context_length - shape.context)
     sent = [client.send(shape.context, tokens) for _ in range(shape.decodes)]
     streams = [stream for _, stream in sent]
-    for stream in streams:
-        await stream.has(2)
-    lead = streams[0]
-    found, _ = await _gap_s(lead, GAPS)
-    if shape.prefill:
-        first = len(lead.at)
-        _, prompt = client.send(shape.prefill, 1)
-        await prompt.has(1)
-        mean_s, gaps = await _gap_s(lead, len(lead.at) - first + 2, first)
-        found += gaps * max(mean_s - found, 0.0)
-    await client.cancel([key for key, _ in sent])
+    try:
+        for stream in streams:
+            await stream.has(2)
+        lead = streams[0]
+        found, _ = await _gap_s(lead, GAPS)
+        if shape.prefill:
+            first = len(lead.at)
+            _, prompt = client.send(shape.prefill, 1)
+            await prompt.has(1)
+            mean_s, gaps = await _gap_s(lead, len(lead.at) - first + 2, first)
+            found += gaps * max(mean_s - found, 0.0)
+    finally:
+        await client.cancel([key for key, _ in sent])
     return found
 
 

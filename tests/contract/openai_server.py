@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from binascii import crc32
+from contextlib import nullcontext
 from typing import Any
 
 from aiohttp import web
@@ -31,6 +32,7 @@ class OpenAIServer:
         self.finish_reason: str | None = "length"
         self.cut_after: int | None = None
         self.garbage: bytes | None = None
+        self.at_once: asyncio.Semaphore | None = None
         self.version: str | None = None
         self.inside: dict[str, Any] | None = None
         self.gives_kv = False
@@ -90,7 +92,8 @@ class OpenAIServer:
         self.open += 1
         self.idle.clear()
         try:
-            return await self._generate(request, body, prompt, kind)
+            async with self.at_once or nullcontext():
+                return await self._generate(request, body, prompt, kind)
         finally:
             self.open -= 1
             if not self.open:

@@ -58,6 +58,17 @@ async def test_decodes_take_the_servers_pace() -> None:
     assert live.info.kv_capacity_tokens == 2048
 
 
+async def test_shapes_that_a_server_does_not_come_to_are_left_out() -> None:
+    """Its first request is at its end before the second one begins."""
+    one = await server()
+    one.pace_s = 0.0
+    one.at_once = asyncio.Semaphore(1)
+    live = await measure(VllmEngine(VllmConfig("m", one.url, max_batch=2)), 1, lambda done: None)
+    await one.stop()
+    assert {shape.decodes for shape in live.left_out} == {2}
+    assert {sample.decodes for sample in live.samples} == {0, 1}
+
+
 async def test_a_server_that_ends_requests_early_is_named() -> None:
     one = await server()
     one.cut_after = 1
