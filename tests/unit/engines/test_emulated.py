@@ -65,8 +65,8 @@ async def test_iterations_take_the_profiles_time_on_average_although_timers_are_
         late_s.append(wall_s - modelled_s)
         if late_s[-1] < 0.1:
             break
-    # Some iterations may end late, and the first token may be seen late, more so on a busy machine; what must not happen
-    # is that each of the 399 adds a timer's half a millisecond or more to it, or takes as much less.
+    # Some iterations may end late, and the first token may be seen late, more so on a busy machine; what must not
+    # happen is that each of the 399 adds a timer's half a millisecond or more to it, or takes as much less.
     assert -0.1 < min(late_s, key=abs) < 0.1
 
 
