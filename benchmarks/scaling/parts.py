@@ -29,12 +29,15 @@ WEEK = Setting("ServeGen week 1", Task("scale-week.yaml", 0, 8), (7, 8, 9, 10), 
 SQUARE = Setting("square", Task("scale-square.yaml", 0, 4), (14, 16, 18, 20), FEW_SEEDS)
 ASCEND = "ascend-910b3"
 CODE_ASCEND = Setting(
-    "Azure code, 4 copies", replace(CODE.task, copies=4, profile=ASCEND), (7, 8, 9, 10, 11, 12, 13), FEW_SEEDS
+    "Azure code, 4 copies",
+    replace(CODE.task, first=7, copies=4, profile=ASCEND),
+    (5, 6, 7, 8, 9, 10, 11, 12),
+    FEW_SEEDS,
 )
 CONVERSATION_ASCEND = Setting(
     "Azure conversation, 8 copies",
-    replace(CONVERSATION.task, first=6, copies=8, profile=ASCEND),
-    (4, 5, 6, 7),
+    replace(CONVERSATION.task, first=5, copies=8, profile=ASCEND),
+    (3, 4, 5, 6),
     (1,),
 )
 ROLES = 0.4
