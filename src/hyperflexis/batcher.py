@@ -549,7 +549,6 @@ class Batcher:
         self._publish(seq)
         self._waiting.pop(seq.id)
         self._give_back(seq)
-        seq.memo = None  # of what it was before it ran
         self._waiting.add(seq)
 
     def _plan_one(self, now: float) -> Batch | None:

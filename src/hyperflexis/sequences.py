@@ -189,7 +189,6 @@ class Queues:
         self.end(seq)
         seq.started = False
         seq._computed = 0
-        seq.memo = None  # of what it was before it ran
         self.waiting.add(seq)
 
     def end(self, seq: Sequence) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from heapq import merge
 from itertools import chain, islice
 from math import inf, sqrt
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from ..core.latency import Coefficients
 from ..core.request import QueuedJob
@@ -56,9 +56,6 @@ MAX_REFUSED = 16
 
 class Job(Waits, Decoding, Protocol):
     """A request on an instance, as policies see it. Sizes in tokens."""
-
-    memo: Any
-    """For the policy alone: what it has computed of the request and may find again. None at first."""
 
 
 J = TypeVar("J", bound=Job)
@@ -195,16 +192,18 @@ class _Ranked(Generic[J]):
             elif job.missed_first or len(jobs) == MAX_RANKED:
                 return False
             else:
-                item = _rank(job, latency)[2]
                 jobs.insert(place, job)
-                items.insert(place, item)
-                self.late_at = min(self.late_at, item.due - item.work_s - ROUNDING_S)
+                items.insert(place, self._rank(job, latency))
         changes.clear()
         for job in waiting.started.values():
             if job.memo is not None and job.memo[1] != job.computed and job in jobs:
-                item = items[jobs.index(job)] = _rank(job, latency)[2]
-                self.late_at = min(self.late_at, item.due - item.work_s - ROUNDING_S)
+                items[jobs.index(job)] = self._rank(job, latency)
         return start < self.late_at
+
+    def _rank(self, job: J, latency: Coefficients) -> QueuedJob:
+        item = _rank(job, latency)[2]
+        self.late_at = min(self.late_at, item.due - item.work_s - ROUNDING_S)
+        return item
 
 
 class _Queue(Generic[J]):

@@ -42,6 +42,9 @@ class Waits(Protocol):
     def started(self) -> bool:
         """True when it holds KV blocks."""
 
+    memo: Any
+    """For the policy alone: what it has computed of the request, and may find again while that waits. None at first."""
+
 
 W = TypeVar("W", bound=Waits)
 LAST_PROMISES = 64
@@ -125,6 +128,7 @@ class Waiting(Generic[W]):
     def add(self, job: W, fresh: bool = False) -> None:
         """A request that waits from now on: a ``fresh`` one, or one that was preempted or came from elsewhere."""
         self._jobs[job.id] = job
+        job.memo = None  # of what it was when it waited before
         if fresh and job.next_due > job.arrived_at:
             self.promises_s.append(job.next_due - job.arrived_at)
         if job.arrived_at < self._newest:

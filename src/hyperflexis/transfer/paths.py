@@ -92,13 +92,8 @@ class Received:
         self._own = own
 
     def bring(self, shard: Shard, blocks: range) -> None:
-        """See Inward. Each block is digested while the core has it at hand."""
-        where = shard.layout.blocks
-        at = where[blocks.start].start
-        for block in blocks:
-            self._own.fill(at, where[block].stop, self._channel.receive_bytes)
-            shard.came(range(block, block + 1))
-            at = where[block].stop
+        """See Inward."""
+        _bring_each(shard, blocks, lambda at, end: self._own.fill(at, end, self._channel.receive_bytes))
 
     def close(self) -> None:
         """See Inward."""
@@ -137,16 +132,21 @@ class Copied:
         self._own = own
 
     def bring(self, shard: Shard, blocks: range) -> None:
-        """See Inward. Each block is digested while the core has it at hand."""
-        where = shard.layout.blocks
-        at = where[blocks.start].start
-        for block in blocks:
-            self._own.take(self._foreign, at, where[block].stop)
-            shard.came(range(block, block + 1))
-            at = where[block].stop
+        """See Inward."""
+        _bring_each(shard, blocks, lambda at, end: self._own.take(self._foreign, at, end))
 
     def close(self) -> None:
         """See Inward. The memory goes when nothing here uses it any more."""
+
+
+def _bring_each(shard: Shard, blocks: range, bring: Callable[[int, int], None]) -> None:
+    """One block after the other, each digested while the core has it at hand."""
+    where = shard.layout.blocks
+    at = where[blocks.start].start
+    for block in blocks:
+        bring(at, where[block].stop)
+        shard.came(range(block, block + 1))
+        at = where[block].stop
 
 
 def lent(channel: SocketChannel, handle: bytes, opened: Callable[[int | None, bytes], M | None]) -> M | None:

@@ -223,8 +223,8 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is not there w
                 queues.run(seq)
                 # A token may have come after a preemption, from the step before it.
                 queues.correct(seq, request.num_output_tokens)
-            else:
-                queues.waiting.memo = None  # it is due at another time now
+            elif queues.waiting.pop(seq.id) is not None:
+                queues.waiting.add(seq)  # it is due at another time now
         if done.uneven:
             for seq in list(queues.running):
                 request = seq.payload
