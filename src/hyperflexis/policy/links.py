@@ -74,17 +74,18 @@ def plan_links(
     given_up += [(me, id) for id in mine if id not in sources]
 
     order = [(rank(one.id, me), one.id not in my_targets, _count(links.table, one), one.id) for one in others]
-    targets = 0
+    targets: list[str] = []
     for key, is_new, _, id in sorted(order):
-        if targets == MAX_LINKS:
+        if len(targets) == MAX_LINKS:
             break
         if is_new:
             pairs = [(id, source) for source in links.table.get(id, {})]
             spare = max((_count(links.targets, by_id[source]) for _, source in pairs if source in by_id), default=0)
-            if not _has_room(pairs, key, rank, given_up, spare > targets + 1):
+            if not _has_room(pairs, key, rank, given_up, spare > len(targets) + 1):
                 continue
             new.append((id, me))
-        targets += 1
+        targets.append(id)
+    given_up += [(id, me) for id in my_targets if id in by_id and id not in targets and (id, me) not in given_up]
     return new, given_up
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tests.unit.test_controller import info
 
@@ -75,6 +75,7 @@ def test_in_a_large_fleet_a_newcomer_is_a_source_too():
     assert len(links.targets[newcomer.id]) >= MAX_LINKS // 2
 
 
+@example([(0.0, "a", False)] * 18 + [(0.0, "b", True), (1.0, "a", True), (0.5, "a", True)])
 @given(
     st.lists(
         st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from("abc"), st.booleans()), min_size=1, max_size=60
